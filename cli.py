@@ -1,0 +1,271 @@
+"""Command line over msae: parse, one library call, show."""
+
+import json
+import math
+import time
+from pathlib import Path
+
+import click
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+import msae
+
+HERE = Path(__file__).parent
+console = Console()
+
+# Replications of the ReLU + L1 original (noanabeshima/matryoshka-saes): a post of 2026, one seed.
+PUBLISHED = {"matryoshka": {"fvu": 0.021, "l0": 1.13, "clean": 20, "features": 20},
+             "vanilla": {"fvu": 0.000, "l0": 0.86, "clean": 11, "features": 20}}
+COLOURS = ((13, 8, 42), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164))  # dark 0 to bright 1
+
+
+class Commands(click.Group):
+    """A group that turns what the library refuses into one line and an exit code, never a traceback."""
+
+    def invoke(self, ctx):
+        try:
+            return super().invoke(ctx)
+        except OSError as error:
+            raise click.ClickException(f"{error.filename}: {error.strerror}" if error.filename else str(error)) from None
+        except ValueError as error:
+            raise click.ClickException(str(error)) from None
+        except KeyboardInterrupt:
+            click.echo("interrupted", err=True)
+            raise SystemExit(130) from None
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+def main():
+    """Matryoshka sparse autoencoders: train them, look at them, share them."""
+
+
+# ------------------------------------------------------------------------------------------------------------------ toy
+
+
+@main.command()
+@click.option("--config", type=click.Path(exists=True, dir_okay=False), default=HERE / "toy_config.json", show_default="toy_config.json",
+              help="The feature tree and the training settings.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, help="First seed: of directions, rows and weights.")
+@click.option("--seeds", type=click.IntRange(min=1), default=1, help="Number of seeds, one after the other.")
+@click.option("--out", type=click.Path(file_okay=False), default="runs/toy", help="Folder for toy.json and toy.svg.")
+def toy(config, seed, seeds, out):
+    """The absorption experiment: a Matryoshka and a vanilla SAE on a tree of features.
+
+    \b
+    Examples:
+      python cli.py toy
+      python cli.py toy --seeds 10 --out runs/ten-seeds
+    """
+    settings, folder = msae.read_json(config), own_folder(out, {"toy.json", "toy.svg"})
+    torch.set_num_threads(1)  # 20 x 20 matrices: threads would only wait for each other
+    results = []
+    for number in range(seed, seed + seeds):
+        started = time.perf_counter()
+        with progress() as bar:
+            tree, saes, figures = msae.toy_experiment(settings, number, on_log=lambda name, cfg: bar.reporter(f"seed {number} {name}", cfg))
+        results.append({"seed": number, "seconds": round(time.perf_counter() - started, 1), **figures})
+        if number == seed:
+            maps = heat_maps(tree, saes)
+    report = results[0] if seeds == 1 else {"seeds": results}
+    msae.write_atomically(folder / "toy.json", (json.dumps(report, indent=2) + "\n").encode())
+    msae.write_atomically(folder / "toy.svg", svg(maps).encode())
+    console.print(toy_table(results))
+    console.print(absorption_table(results[0]))
+    console.print(terminal_maps(maps))
+    console.print(f"{sum(r['seconds'] for r in results):.0f} s; wrote {folder / 'toy.json'} and {folder / 'toy.svg'}", highlight=False)
+
+
+def own_folder(path, names):
+    """The folder ``path``, created; refused if it holds anything but files of these ``names``, which will be replaced."""
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    foreign = sorted(item.name for item in folder.iterdir() if item.name not in names)
+    if foreign:
+        raise FileExistsError(f"{folder} holds something else ({foreign[0]}): choose another --out")
+    return folder
+
+
+def toy_table(results):
+    """One row per SAE and seed, the means over several seeds, and the published figures."""
+    table = Table("", "seed", "FVU", "L0", "clean", "mean cos", "min cos", "absorption", title="True features recovered")
+    for name in ("matryoshka", "vanilla"):
+        for r in results:
+            table.add_row(name, str(r["seed"]), *toy_cells(r[name]))
+        if len(results) > 1:
+            mean = {key: sum(r[name][key] for r in results) / len(results)
+                    for key in ("fvu", "l0", "clean", "features", "mean_cosine", "min_cosine")}
+            pairs = [pair for r in results for pair in r[name]["absorption"]]
+            table.add_row(name, "mean", *toy_cells({**mean, "absorption": pairs}), style="bold")
+        table.add_row(name, "published", *toy_cells(PUBLISHED[name]), style="dim", end_section=True)
+    return table
+
+
+def toy_cells(figures):
+    def cell(key, digits):
+        return f"{figures[key]:.{digits}f}" if key in figures else ""
+    rates = [pair["rate"] for pair in figures.get("absorption", []) if pair["rate"] is not None]
+    return (cell("fvu", 3), cell("l0", 2), f"{figures['clean']:g}/{figures['features']:g}", cell("mean_cosine", 3),
+            cell("min_cosine", 3), f"{sum(rates) / len(rates):.2f}" if rates else "")
+
+
+def absorption_table(result):
+    """Absorption rate of every parent-child pair, a parent per row."""
+    table = Table("parent", "children", "matryoshka", "vanilla", title=f"Absorption by child, seed {result['seed']}")
+    pairs = list(zip(result["matryoshka"]["absorption"], result["vanilla"]["absorption"]))
+    for parent in dict.fromkeys(ours["parent"] for ours, _ in pairs):
+        own = [(a, b) for a, b in pairs if a["parent"] == parent]
+        def rates(i):
+            return "  ".join("  - " if pair[i]["rate"] is None else f"{pair[i]['rate']:.2f}" for pair in own)
+        table.add_row(str(parent), " ".join(str(a["child"]) for a, _ in own), rates(0), rates(1))
+    return table
+
+
+def heat_maps(tree, saes):
+    """Three (feature, latent) maps: what each latent does when one feature, and with it its parents, is on."""
+    pure = tree.pure_features()
+    maps = {"true features": pure.tolist()}
+    for name, sae in saes.items():
+        maps[name] = (msae.matched_acts(sae, tree, pure @ tree.directions) / tree.directions.norm(dim=1)).tolist()
+    return maps
+
+
+def colour(value):
+    """RGB of a value in [0, 1]; values outside are clipped."""
+    place = min(max(value, 0.0), 1.0) * (len(COLOURS) - 1)
+    low = min(int(place), len(COLOURS) - 2)
+    return tuple(round(a + (b - a) * (place - low)) for a, b in zip(COLOURS[low], COLOURS[low + 1]))
+
+
+def terminal_maps(maps):
+    """The maps side by side, two cells to a character; shades of grey characters where there is no colour."""
+    grid = Table.grid(padding=(0, 3))
+    panels = []
+    for values in maps.values():
+        text = Text(no_wrap=True)
+        for upper, lower in zip(values[::2], [*values[1::2], [0.0] * len(values[0])]):
+            for a, b in zip(upper, lower):
+                if console.color_system and not console.no_color:
+                    text.append("▀", f"rgb{colour(a)} on rgb{colour(b)}".replace(" (", "("))
+                else:
+                    text.append(" .:*#"[round(4 * min(max((a + b) / 2, 0), 1))])
+            text.append("\n")
+        panels.append(text)
+    grid.add_row(*maps)
+    grid.add_row(*panels)
+    return grid
+
+
+def svg(maps, cell=11):
+    """The maps as a picture: rows are inputs with one feature on, columns the latents matched to the features."""
+    parts, x, side = [], 20, cell * len(maps["true features"])
+    for title, values in maps.items():
+        parts.append(f'<text x="{x + side / 2}" y="22" text-anchor="middle" font-size="14" font-weight="600">{title}</text>')
+        parts.append(f'<text x="{x + side / 2}" y="{side + 54}" text-anchor="middle" font-size="11" fill="#667">'
+                     f'{"feature" if title == "true features" else "latent matched to feature"}</text>')
+        for i, row in enumerate(values):
+            parts += [f'<rect x="{x + j * cell}" y="{34 + i * cell}" width="{cell - 1}" height="{cell - 1}" '
+                      f'fill="rgb{colour(v)}"/>' for j, v in enumerate(row)]
+        x += side + 30
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {x - 10} {side + 66}" font-family="system-ui, sans-serif">\n'
+            f'<rect width="100%" height="100%" rx="8" fill="#fff"/>\n' + "\n".join(parts) + "\n</svg>\n")
+
+
+# ---------------------------------------------------------------------------------------------------------------- train
+
+
+def numbers(ctx, param, value):
+    """``--prefixes`` as a tuple of lengths or fractions."""
+    try:
+        return value and tuple(float(n) if "." in n else int(n) for n in value.split(","))
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is not a list of numbers with commas between") from None
+
+
+@main.command()
+@click.option("--acts", required=True, type=click.Path(), help="Activations: a .npy of floats, (rows, D) or (docs, positions, D).")
+@click.option("--latents", "n_latents", type=int, help="Number of latents F.  [required, here or in --config]")
+@click.option("--k", type=float, help="Active latents per row, on average.  [default: 30]")
+@click.option("--prefixes", callback=numbers, help="Lengths as 192,384,...,F or fractions.  [default: F/16, F/8, F/4, F/2, F]")
+@click.option("--pareto", "n_prefixes", type=int, help="Instead, sample this many prefixes at every step.")
+@click.option("--steps", type=int, help="Optimizer steps.  [default: 10000]")
+@click.option("--batch-size", type=int, help="Rows per step.  [default: 2048]")
+@click.option("--lr", type=float, help="Peak learning rate of Adam.  [default: by a rule measured on real activations]")
+@click.option("--seed", type=int, help="Of weights, row order and held-out rows.  [default: 0]")
+@click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default="cuda if there is one, else cpu")
+@click.option("--out", type=click.Path(file_okay=False), help="A new folder.  [default: a new one under runs/]")
+@click.option("--config", type=click.Path(exists=True, dir_okay=False), help="JSON with any TrainConfig fields; options override it.")
+def train(acts, device, out, config, **options):
+    """Train on activations and save a checkpoint that SAELens opens too.
+
+    A tenth of the rows (at most 16,384) is set aside at random for the figures shown at the end.
+
+    \b
+    Examples:
+      python cli.py train --acts acts.npy --latents 3072
+      python cli.py train --acts acts.npy --latents 3072 --pareto 10 --k 40 --out runs/pareto
+    """
+    settings = {**(msae.read_json(config) if config else {}), **{name: v for name, v in options.items() if v is not None}}
+    if options["n_prefixes"] is not None and options["prefixes"] is None:
+        settings.pop("prefixes", None)
+    cfg = msae.TrainConfig.from_dict(settings)
+    rows, held_out = msae.Rows(acts).split_off(0.1, cfg.seed)
+    folder = out or free_folder(f"runs/{Path(acts).stem}-{cfg.n_latents}")
+    with progress() as bar:
+        sae = msae.train(rows, cfg, device=device, out=folder, on_log=bar.reporter("train", cfg))
+    figures = msae.evaluate(sae, held_out)
+    console.print(figures_table(figures))
+    console.print(f"saved {folder}\nload it with  sae = msae.MatryoshkaSAE.load({str(folder)!r})", highlight=False)
+
+
+def free_folder(path):
+    """``path``, or ``path-2``, ``path-3``, ... : the first that does not exist."""
+    return next(p for i in range(1, 10**6) if not (p := Path(path if i == 1 else f"{path}-{i}")).exists())
+
+
+def figures_table(figures):
+    """Figures on held-out rows: a row per prefix, the whole SAE last."""
+    table = Table("latents", "FVU", "L0", title=f"{figures['rows']:,} held-out rows")
+    for level in figures["prefixes"]:
+        table.add_row(f"{level['latents']:,}", f"{level['fvu']:.4f}", f"{level['l0']:.2f}")
+    table.caption = f"dead {figures['dead']:.2%}, mean max decoder cosine {figures['max_cosine']:.3f}"
+    return table
+
+
+# ------------------------------------------------------------------------------------------------------------- progress
+
+
+class progress:
+    """A live line per training run in a terminal, a plain line every few seconds elsewhere."""
+
+    def __enter__(self):
+        self.bar = Progress(TextColumn("{task.description}"), BarColumn(bar_width=20), TextColumn("{task.fields[figures]}"),
+                            TimeRemainingColumn(), console=console, disable=not console.is_terminal)
+        self.bar.start()
+        return self
+
+    def __exit__(self, *error):
+        self.bar.stop()
+
+    def reporter(self, label, cfg):
+        """A callback for ``msae.train`` that shows its figures."""
+        task, started, shown = self.bar.add_task(label, total=cfg.steps, figures=""), time.monotonic(), -math.inf
+
+        def show(figures):
+            nonlocal shown
+            rate = figures["step"] * cfg.batch_size / (time.monotonic() - started)
+            line = f"{rate:,.0f} rows/s  FVU {figures['fvu']:.3f}  L0 {figures['l0']:.1f}  dead {figures['dead']:.1%}"
+            self.bar.update(task, completed=figures["step"], figures=line)
+            last = figures["step"] == cfg.steps
+            if not console.is_terminal and (last or time.monotonic() - shown > 10):
+                shown = time.monotonic()
+                left = (cfg.steps - figures["step"]) * cfg.batch_size / rate
+                print(f"{label}  step {figures['step']}/{cfg.steps}  {line}  {left:.0f} s left", flush=True)
+        return show
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,923 @@
+"""A Matryoshka sparse autoencoder (SAE) in one file: many nested dictionaries trained as one set of latents.
+
+    encode (training)   pre  = relu((x - b_dec) @ W_enc + b_enc);  acts = the round(k B) largest entries of pre
+    encode (inference)  acts = pre * (pre > threshold)
+    prefix p            recon_p = b_dec + acts[:, :p] @ W_dec[:p]
+    nested loss         L = sum_p w_p mean_B |x - recon_p|^2,  sum_p w_p = 1
+
+Every prefix of the latents has to reconstruct alone, so the early latents stay general and are not absorbed by the
+specialised ones that follow. One prefix, of all latents, is the plain BatchTopK SAE.
+
+Dimension key: B batch rows, D model width, F latents, P prefixes.
+
+Sources: nested loss, absorption: Bussmann, Nabeshima, Karvonen, Nanda 2025, arXiv 2503.17547. Pareto prefixes and the toy:
+noanabeshima/matryoshka-saes. BatchTopK: Bussmann, Leask, Nanda 2024, arXiv 2412.06410. AuxK: Gao et al. 2024, arXiv 2406.04093.
+
+Not included: L1 and gated SAEs, transcoders, crosscoders, learned thresholds per latent.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import json
+import math
+import os
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import nn
+
+# ---------------------------------------------------------------------------------------------------------- 1. settings
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """All settings of one training run; every field is checked on creation (``ValueError`` names the value and the rule).
+
+    Two configs that are equal give, on one machine and device, the same weights.
+    """
+
+    n_latents: int
+    k: float = 30.0                        # active latents per row, on average over the batch; need not be whole
+    prefixes: tuple | None = None          # lengths that end in n_latents, or fractions that end in 1; None: 1/16, 1/8, ... 1
+    n_prefixes: int | None = None          # instead of prefixes: sample this many at every step (Pareto)
+    pareto_power: float = 0.5              # towards 0 favours short prefixes, 1 is uniform
+    level_weights: tuple | None = None     # w_p, one per prefix, scaled to sum 1; None: all equal
+    level_weights_start: tuple | None = None  # w_p at step 0, reaching level_weights after k_anneal_steps
+    order: str = "stored"                  # "energy": prefixes run over latents sorted by their running mean square
+    batch_size: int = 2048                 # rows
+    steps: int = 10_000
+    lr: float | None = None                # Adam's peak rate; None: default_lr(n_latents)
+    betas: tuple = (0.9, 0.999)
+    warmup_steps: int | None = None        # linear from 0; None: a tenth of the steps, at most 1000
+    decay_fraction: float = 0.2            # the last part of the steps, in which lr falls linearly to 0
+    k_start: float | None = None           # k at step 0, moving linearly to k; None: k throughout
+    k_anneal_steps: int = 0
+    aux_coef: float = 1 / 32               # weight of the loss that revives dead latents
+    dead_after: int = 200_000              # rows without firing after which a latent counts as dead
+    clip: float = 1.0                      # largest gradient norm
+    dtype: str = "float32"                 # of the products under autocast; weights and threshold stay float32
+    seed: int = 0
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, list):
+                object.__setattr__(self, field.name, tuple(value))
+            _check_type(field, getattr(self, field.name))
+        for name in ("n_latents", "batch_size", "steps", "dead_after"):
+            _require(getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name))
+        for name in ("k_anneal_steps", "aux_coef", "seed"):
+            _require(getattr(self, name) >= 0, f"{name} must not be negative", getattr(self, name))
+        for name in ("k", "k_start"):
+            k = getattr(self, name)
+            _require(k is None or 0 < k <= self.n_latents, f"{name} must lie in (0, n_latents={self.n_latents}]", k)
+            _require(k is None or round(k * self.batch_size) >= 1, f"{name} * batch_size must come to at least one active entry", k)
+        _require(self.lr is None or self.lr > 0, "lr must be positive", self.lr)
+        _require(self.warmup_steps is None or self.warmup_steps >= 0, "warmup_steps must not be negative", self.warmup_steps)
+        _require(0 < self.pareto_power <= 1, "pareto_power must lie in (0, 1]", self.pareto_power)
+        _require(0 <= self.decay_fraction <= 1, "decay_fraction must lie in [0, 1]", self.decay_fraction)
+        _require(self.clip > 0, "clip must be positive", self.clip)
+        _require(len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "betas must be two numbers in [0, 1)", self.betas)
+        _require(self.order in ("stored", "energy"), 'order must be "stored" or "energy"', self.order)
+        _require(self.dtype in ("float32", "bfloat16", "float16"), "dtype must be float32, bfloat16 or float16", self.dtype)
+        _require(self.prefixes is None or self.n_prefixes is None, "give prefixes or n_prefixes, not both; prefixes =", self.prefixes)
+        _require(self.n_prefixes is None or 1 <= self.n_prefixes <= self.n_latents,
+                 f"n_prefixes must lie in [1, n_latents={self.n_latents}]", self.n_prefixes)
+        for name in ("level_weights", "level_weights_start"):
+            weights, levels = getattr(self, name), self.n_prefixes or len(self.levels())
+            _require(weights is None or len(weights) == levels and all(w >= 0 for w in weights) and sum(weights) > 0,
+                     f"{name} must be {levels} numbers, one per prefix, none negative and not all 0", weights)
+
+    @classmethod
+    def from_dict(cls, settings):
+        """Build a config from JSON-like ``settings``; an unknown key is refused by name."""
+        unknown = sorted(set(settings) - {field.name for field in dataclasses.fields(cls)})
+        if unknown:
+            raise ValueError(f"unknown setting {', '.join(map(repr, unknown))}; known: "
+                             + ", ".join(field.name for field in dataclasses.fields(cls)))
+        if "n_latents" not in settings:
+            raise ValueError("n_latents is missing: the number of latents has no default")
+        return cls(**settings)
+
+    def levels(self):
+        """Prefix lengths by which the finished SAE is described and evaluated; those of training unless sampled."""
+        return fixed_prefixes(self.n_latents, self.prefixes)
+
+    def anneal(self, start, end, step):
+        """The value at ``step`` of a setting that moves linearly from ``start`` to ``end`` over ``k_anneal_steps``."""
+        if start is None or step >= self.k_anneal_steps:
+            return end
+        return start + (end - start) * step / self.k_anneal_steps
+
+    def lr_at(self, step):
+        """Learning rate of the step with index ``step``: linear warm-up, constant, linear decay to 0."""
+        warmup = min(self.steps // 10, 1000) if self.warmup_steps is None else self.warmup_steps
+        rise = (step + 1) / warmup if step < warmup else 1.0
+        fall = (self.steps - step) / max(self.decay_fraction * self.steps, 1.0)
+        return (self.lr or default_lr(self.n_latents)) * min(rise, fall, 1.0)
+
+    def weights_at(self, step):
+        """Level weights ``w_p`` of the step with index ``step``; they sum to 1."""
+        n = self.n_prefixes or len(self.levels())
+        end = self.level_weights or (1.0,) * n
+        weights = [self.anneal(a, b, step) for a, b in zip(self.level_weights_start or end, end)]
+        return [w / sum(weights) for w in weights]
+
+
+def default_lr(n_latents):
+    """Adam's peak learning rate, from a sweep on real activations (see the README)."""
+    return 1e-3
+
+
+def _require(ok, rule, value):
+    if not ok:
+        raise ValueError(f"{rule}, got {value}")
+
+
+def _check_type(field, value):
+    kinds = field.type if isinstance(field.type, type) else None
+    allowed = {int: (int,), float: (int, float), str: (str,), tuple: (tuple,)}
+    types = [kinds] if kinds else [t for t in field.type.__args__]
+    ok = any(value is None if t is type(None) else isinstance(value, allowed[t]) and not isinstance(value, bool) for t in types)
+    numbers = value if isinstance(value, tuple) else (value,) if isinstance(value, float) else ()
+    ok = ok and all(isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) for v in numbers)
+    names = " or ".join({int: "a whole number", float: "a finite number", str: "a string", tuple: "a list of numbers",
+                         type(None): "null"}[t] for t in types)
+    _require(ok, f"{field.name} must be {names}", repr(value))
+
+
+# ---------------------------------------------------------------------------------------------------------- 2. prefixes
+
+FRACTIONS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
+
+
+def fixed_prefixes(n_latents, prefixes=None):
+    """Increasing prefix lengths that end in ``n_latents``.
+
+    ``prefixes``: such lengths, or fractions of ``n_latents`` that end in 1 (rounded, duplicates dropped); None means
+    1/16, 1/8, 1/4, 1/2, 1, the widths of Bussmann et al.'s code. ``ValueError`` if they do not increase or end elsewhere.
+    """
+    given = FRACTIONS if prefixes is None else tuple(prefixes)
+    increasing = len(given) > 0 and given[0] > 0 and all(a < b for a, b in zip(given, given[1:]))
+    _require(increasing and (given[-1] == 1 or given[-1] == n_latents and all(p == int(p) for p in given)),
+             f"prefixes must increase and end in n_latents={n_latents} (or, as fractions, in 1)", list(given))
+    if given[-1] == n_latents:
+        return tuple(int(p) for p in given)
+    return tuple(sorted({max(1, round(p * n_latents)) for p in given}))
+
+
+def sample_prefixes(n_latents, n_prefixes, power=0.5, generator=None):
+    """``n_prefixes`` increasing lengths: ``n_latents`` and draws without replacement with ``P(L) ~ L^power - (L-1)^power``.
+
+    ``L`` runs over 1..n_latents-1. ``power`` 1 is uniform, towards 0 favours short prefixes (the comment in the original
+    code, noanabeshima/matryoshka-saes, has the direction inverted).
+    """
+    if n_prefixes == 1:
+        return (n_latents,)
+    drawn = torch.multinomial(_pareto_weights(n_latents, power), n_prefixes - 1, generator=generator) + 1
+    return (*sorted(drawn.tolist()), n_latents)
+
+
+@functools.lru_cache(maxsize=4)
+def _pareto_weights(n_latents, power):
+    powers = torch.arange(n_latents, dtype=torch.float64) ** power
+    return powers.diff()
+
+
+# --------------------------------------------------------------------------------------------------------- 3. selection
+
+
+def batch_topk(pre, n, floor=0.0):
+    """Positions of the ``n`` largest positive entries of ``pre`` (B, F), as increasing row-major indices (at most n,).
+
+    Exact for every ``floor``: only entries above it are searched, all positive ones when too few lie above. Of equal
+    entries at the cut, those that come first in row-major order are kept.
+    """
+    flat = pre.detach().flatten()
+    index = (flat > floor).nonzero().squeeze(1)
+    if len(index) < n and floor > 0:
+        index = (flat > 0).nonzero().squeeze(1)
+    if len(index) <= n:
+        return index
+    values = flat[index]
+    cut = values.topk(n).values.min()
+    ties = (values == cut).nonzero().squeeze(1)
+    keep = values > cut
+    keep[ties[: n - int(keep.sum())]] = True
+    return index[keep]
+
+
+# ------------------------------------------------------------------------------------------------------- 4. autoencoder
+
+
+class MatryoshkaSAE(nn.Module):
+    """Sparse autoencoder whose every prefix of latents is an autoencoder too.
+
+        acts  = pre * (pre > threshold),  pre = relu((x - b_dec) @ W_enc + b_enc)      (..., D) -> (..., F)
+        recon = acts @ W_dec + b_dec                                                   (..., F) -> (..., D)
+
+    Parameters ``W_enc (D, F)``, ``b_enc (F,)``, ``W_dec (F, D)`` with unit rows, ``b_dec (D,)``; buffer ``threshold``, a
+    float32 scalar >= 0. Starts with random unit decoder rows and ``W_enc = W_dec.T``. ``prefixes``: the lengths to
+    evaluate, increasing, the last is F. ``metadata``: what the checkpoint says about its training.
+    """
+
+    def __init__(self, d_model, n_latents, prefixes=None, generator=None):
+        super().__init__()
+        W_dec = torch.randn(n_latents, d_model, generator=generator)
+        W_dec /= W_dec.norm(dim=1, keepdim=True)
+        self.W_enc = nn.Parameter(W_dec.T.clone())
+        self.b_enc = nn.Parameter(torch.zeros(n_latents))
+        self.W_dec = nn.Parameter(W_dec)
+        self.b_dec = nn.Parameter(torch.zeros(d_model))
+        self.register_buffer("threshold", torch.tensor(0.0))
+        self.prefixes = fixed_prefixes(n_latents, prefixes)
+        self.metadata = {}
+
+    def pre_acts(self, x, prefix=None):
+        """``relu((x - b_dec) @ W_enc + b_enc)`` of the first ``prefix`` latents (default all): (..., D) -> (..., prefix)."""
+        if x.shape[-1] != len(self.b_dec):
+            raise ValueError(f"the last dimension of x must be the model width {len(self.b_dec)}, got shape {tuple(x.shape)}")
+        return torch.relu((x.to(self.b_dec.dtype) - self.b_dec) @ self.W_enc[:, :prefix] + self.b_enc[:prefix])
+
+    def encode(self, x, prefix=None):
+        """Codes of raw activations ``x``: (..., D) -> (..., F), or (..., prefix) of the SAE that the first latents are."""
+        _require(prefix is None or 1 <= prefix <= len(self.b_enc), f"prefix must lie in [1, {len(self.b_enc)}]", prefix)
+        pre = self.pre_acts(x, prefix)
+        return pre * (pre > self.threshold)
+
+    def decode(self, acts):
+        """Reconstruction by the latents given, all or a prefix: (..., p) -> (..., D) for any p <= F."""
+        return acts @ self.W_dec[: acts.shape[-1]] + self.b_dec
+
+    def forward(self, x):
+        return self.decode(self.encode(x))
+
+    def save(self, folder):
+        """Write ``sae_weights.safetensors`` and ``cfg.json`` into ``folder``, as SAELens 6 loads them (``load_from_disk``)."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {name: p.detach().float().cpu().contiguous() for name, p in self.named_parameters()}
+        tensors["threshold"] = self.threshold.cpu().repeat(len(self.b_enc))
+        cfg = {"architecture": "jumprelu", "d_in": len(self.b_dec), "d_sae": len(self.b_enc), "dtype": "float32", "device": "cpu",
+               "apply_b_dec_to_input": True, "normalize_activations": "none", "reshape_activations": "none",
+               "metadata": {"sae_lens_version": "6.0.0", "prefixes": list(self.prefixes), **self.metadata}}
+        write_atomically(folder / WEIGHTS, save(tensors))
+        write_atomically(folder / CONFIG, json.dumps(cfg, indent=2).encode())
+
+    @classmethod
+    def load(cls, folder, device="cpu"):
+        """Read a folder that ``save`` wrote; ``ValueError`` names what is missing, misshapen or not finite in it."""
+        folder = Path(folder)
+        if not (folder / CONFIG).is_file():
+            raise FileNotFoundError(f"{folder} is not a checkpoint: it has no {CONFIG}")
+        cfg = read_json(folder / CONFIG)
+        for key, needed in {"architecture": "jumprelu", "apply_b_dec_to_input": True, "normalize_activations": "none",
+                            "reshape_activations": "none"}.items():
+            _require(cfg.get(key) == needed, f"{folder / CONFIG} must have {key} = {needed!r}", repr(cfg.get(key)))
+        D, F, metadata = cfg.get("d_in"), cfg.get("d_sae"), cfg.get("metadata", {})
+        _require(all(isinstance(n, int) and n > 0 for n in (D, F)), f"{folder / CONFIG} must have whole d_in and d_sae", (D, F))
+        try:
+            tensors = load_file(folder / WEIGHTS)
+        except SafetensorError as error:
+            raise ValueError(f"{folder / WEIGHTS} is damaged: {error}") from None
+        shapes = {"W_enc": (D, F), "b_enc": (F,), "W_dec": (F, D), "b_dec": (D,), "threshold": (F,)}
+        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        _require(found == shapes, f"{folder / WEIGHTS} must hold {shapes}", found)
+        for name, tensor in tensors.items():
+            _require(bool(tensor.isfinite().all()), f"{name} in {folder / WEIGHTS} must be finite", "NaN or infinity")
+        threshold = tensors.pop("threshold")
+        _require(bool((threshold == threshold[0]).all()), f"threshold in {folder / WEIGHTS} must be one number, repeated", "several")
+        sae = cls(D, F, metadata.get("prefixes"))
+        sae.load_state_dict({**tensors, "threshold": threshold[0]})
+        sae.metadata = {name: value for name, value in metadata.items() if name not in ("sae_lens_version", "prefixes")}
+        return sae.to(device)
+
+
+# --------------------------------------------------------------------------------------------------------------- 5. loss
+
+
+def nested_loss(x, acts, W_dec, b_dec, prefixes, weights=None):
+    """Nested reconstruction loss and the full reconstruction: ``sum_p w_p mean_B |x - b_dec - acts[:, :p] @ W_dec[:p]|^2``.
+
+    ``x (B, D)``, ``acts (B, F)``, ``W_dec (F, D)``, ``b_dec (D,)`` -> scalar, (B, D). ``weights`` default to 1/P each.
+    Each block of latents between two prefixes is decoded once. Learning rates do not transfer from the peers:
+    dictionary_learning weighs each term 1/P^2, SAELens 1, bartbussmann adds a level of ``b_dec`` alone.
+    """
+    weights = weights or [1 / len(prefixes)] * len(prefixes)
+    recon, loss, start = b_dec, 0.0, 0
+    for end, weight in zip(prefixes, weights):
+        recon = recon + acts[:, start:end] @ W_dec[start:end]
+        loss = loss + weight * (x - recon).float().pow(2).sum(dim=1).mean()
+        start = end
+    return loss, recon
+
+
+def _sparse(make, *parts):
+    with warnings.catch_warnings():  # torch calls its CSR support beta, once per process
+        warnings.simplefilter("ignore")
+        return make(*parts, check_invariants=False)
+
+
+class SparseEncode(torch.autograd.Function):
+    """Values (n,) and row-major positions (n,) of the batch top-k entries, with their gradient over these entries alone.
+
+    The forward makes the only dense B x D x F product of a training step; the backward is ``dW_enc = (x - b_dec).T @ dA``
+    with the sparse ``dA``, ``db_enc`` its column sums, ``db_dec = -W_enc @ db_enc``.
+    """
+
+    @staticmethod
+    def forward(ctx, x, W_enc, b_enc, b_dec, n, floor):
+        centred = x - b_dec
+        pre = torch.addmm(b_enc, centred, W_enc)
+        index = batch_topk(pre, n, floor)
+        ctx.save_for_backward(centred, W_enc, index)
+        ctx.mark_non_differentiable(index)
+        return pre.view(-1)[index], index
+
+    @staticmethod
+    def backward(ctx, d_values, _):
+        centred, W_enc, index = ctx.saved_tensors
+        B, F = len(centred), W_enc.shape[1]
+        crow = torch.searchsorted(index, torch.arange(0, (B + 1) * F, F, device=index.device))
+        dA_T = _sparse(torch.sparse_csc_tensor, crow, index % F, d_values, (F, B))
+        db_enc = torch.zeros_like(W_enc[0]).index_add_(0, index % F, d_values)
+        return None, (dA_T @ centred).T, db_enc, -(W_enc @ db_enc), None, None
+
+
+class SparseNestedLoss(torch.autograd.Function):
+    """``nested_loss`` of the entries ``values`` at ``index``, with its gradient in closed form: (loss, reconstruction).
+
+    With the residuals ``E_p = recon_p - x`` and the suffix sums ``G_j = sum_{p >= j} (2 w_p / B) E_p``, the entries of block
+    ``j`` get ``dacts = G_j @ W_dec.T``, its latents ``dW_dec = A_j.T @ G_j``, and ``db_dec = sum_B G_1``. All blocks form
+    one sparse matrix: row ``p B + b`` holds what example ``b`` has in block ``p``. ``position``: prefix position of each latent.
+    """
+
+    @staticmethod
+    def forward(ctx, x, values, index, W_dec, b_dec, prefixes, weights, position):
+        (B, D), F, P = x.shape, len(W_dec), len(prefixes)
+        latent = index % F
+        block = torch.searchsorted(torch.tensor(prefixes), latent if position is None else position[latent], right=True)
+        key, by_block = (block * B + index // F).sort(stable=True)
+        crow, latent = torch.searchsorted(key, torch.arange(P * B + 1)), latent[by_block]
+        values = values[by_block]
+        error = (_sparse(torch.sparse_csr_tensor, crow, latent, values, (P * B, F)) @ W_dec).view(P, B, D)
+        error[0] += b_dec - x
+        for p in range(1, P):
+            error[p] += error[p - 1]
+        recon = error[-1] + x
+        weights = torch.tensor(weights)
+        loss = (weights * torch.linalg.vector_norm(error, dim=(1, 2)).square()).sum() / B
+        G = error.mul_((2 / B * weights)[:, None, None])
+        for p in reversed(range(P - 1)):
+            G[p] += G[p + 1]
+        ctx.save_for_backward(G, crow, latent, values, by_block, W_dec)
+        ctx.mark_non_differentiable(recon)
+        return loss, recon
+
+    @staticmethod
+    def backward(ctx, d_loss, _):
+        G, crow, latent, values, by_block, W_dec = ctx.saved_tensors
+        G, shape = G.mul_(d_loss), (len(W_dec), G.shape[0] * G.shape[1])
+        rows = G.view(shape[1], -1)
+        sampled = torch.sparse.sampled_addmm(
+            _sparse(torch.sparse_csr_tensor, crow, latent, torch.zeros_like(values), shape[::-1]), rows, W_dec.T)
+        d_values = torch.empty_like(values).index_copy_(0, by_block, sampled.values())
+        dW_dec = _sparse(torch.sparse_csc_tensor, crow, latent, values, shape) @ rows
+        return None, d_values, None, dW_dec, G[0].sum(dim=0), None, None, None
+
+
+def aux_loss(sae, x, residual, dead):
+    """AuxK: how badly the dead latents reconstruct ``residual`` (B, D), which carries no gradient: (scalar, about 1).
+
+    ``mean |residual - a @ W_dec[dead]|^2 / mean |residual - mean|^2``, where ``a`` keeps per row the ``min(D / 2, n_dead)``
+    largest pre-activations of the latents ``dead`` (indices). b_dec takes no part. Gao et al. 2024, section A.2; as there,
+    ``a`` is linear: with the ReLU of ``encode``, a latent that is negative on every row would never get a gradient.
+    """
+    residual = residual.detach().float()
+    pre = (x - sae.b_dec.detach()) @ sae.W_enc[:, dead] + sae.b_enc[dead]
+    values, index = pre.topk(min(x.shape[1] // 2 or 1, len(dead)), dim=1)
+    recon = torch.zeros_like(pre).scatter(1, index, values) @ sae.W_dec[dead]
+    spread = (residual - residual.mean(dim=0)).pow(2).sum(dim=1).mean()
+    return (residual - recon).pow(2).sum(dim=1).mean() / spread.clamp_min(1e-12)
+
+
+# ----------------------------------------------------------------------------------------------------------- 6. training
+
+
+class Trainer:
+    """One SAE in training: ``step(x)`` is one optimizer step on raw rows ``x`` (B, D); ``export()`` is the SAE to keep.
+
+    ``trainer.sae`` lives in units where rows have mean squared norm 1: it sees ``x / scale``. ``b_dec`` starts at
+    ``mean / scale``, since a large common mean would silence latents at the start.
+    """
+
+    def __init__(self, cfg, d_model, device="cpu", mean=None, scale=1.0):
+        self.cfg, self.scale, self.device = cfg, float(scale), torch.device(device)
+        self.generator = torch.Generator().manual_seed(cfg.seed)
+        self.sae = MatryoshkaSAE(d_model, cfg.n_latents, cfg.levels(), self.generator).to(self.device)
+        if mean is not None:
+            self.sae.b_dec.data.copy_(mean / self.scale)
+        fused = self.device.type in ("cpu", "cuda")
+        self.optimizer = torch.optim.Adam(self.sae.parameters(), lr=0.0, betas=cfg.betas, fused=fused)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=cfg.dtype == "float16")
+        self.sparse = self.device.type == "cpu" and cfg.dtype == "float32" and torch.backends.mkl.is_available()
+        self.steps_done = 0
+        self.rows_silent = torch.zeros(cfg.n_latents, dtype=torch.long, device=self.device)  # since each latent fired
+        self.energy = torch.zeros(cfg.n_latents, device=self.device)                         # running mean of acts^2
+
+    def autocast(self):
+        """Autocast to the configured dtype; a null context for float32."""
+        if self.cfg.dtype == "float32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, getattr(torch, self.cfg.dtype))
+
+    def step(self, x):
+        """Take one optimizer step on raw rows ``x`` (B, D); return the loss, a scalar on the device."""
+        x = x.to(self.device, torch.float32) / self.scale
+        values, index, loss, recon = self.sparse_forward(x) if self.sparse else self.dense_forward(x)
+        dead = (self.rows_silent >= self.cfg.dead_after).nonzero().squeeze(1)
+        if len(dead) and self.cfg.aux_coef:
+            with self.autocast():
+                loss = loss + self.cfg.aux_coef * aux_loss(self.sae, x, x - recon, dead)
+        self.optimize(loss)
+        self.track(values.detach(), index, len(x))
+        return loss.detach()
+
+    def sparse_forward(self, x):
+        sae, (n, floor) = self.sae, self.selection(x)
+        order = self.prefix_order()
+        position = None if order is None else torch.empty_like(order).index_copy_(0, order, torch.arange(len(order)))
+        values, index = SparseEncode.apply(x, sae.W_enc, sae.b_enc, sae.b_dec, n, floor)
+        weights = self.cfg.weights_at(self.steps_done)
+        return values, index, *SparseNestedLoss.apply(x, values, index, sae.W_dec, sae.b_dec, self.prefixes(), weights, position)
+
+    def dense_forward(self, x):
+        sae, order = self.sae, self.prefix_order()
+        with self.autocast():
+            pre = sae.pre_acts(x)
+            index = batch_topk(pre, *self.selection(x))
+            acts = pre * torch.zeros_like(pre).view(-1).index_fill_(0, index, 1.0).view_as(pre)
+            acts_in_order, W_dec = (acts, sae.W_dec) if order is None else (acts[:, order], sae.W_dec[order])
+            weights = self.cfg.weights_at(self.steps_done)
+            loss, recon = nested_loss(x, acts_in_order, W_dec, sae.b_dec, self.prefixes(), weights)
+        return acts.view(-1)[index], index, loss, recon
+
+    def prefixes(self):
+        """This step's prefix lengths: the fixed ones, or a fresh Pareto draw."""
+        cfg = self.cfg
+        if cfg.n_prefixes is None:
+            return self.sae.prefixes
+        return sample_prefixes(cfg.n_latents, cfg.n_prefixes, cfg.pareto_power, self.generator)
+
+    def selection(self, x):
+        """(number of entries to keep at this step's k, floor under which the search need not look)."""
+        k = self.cfg.anneal(self.cfg.k_start, self.cfg.k, self.steps_done)
+        return round(k * len(x)), 0.5 * float(self.sae.threshold)
+
+    def prefix_order(self):
+        """Index map from prefix position to latent (F,), or None when prefixes run over the latents as stored."""
+        return self.energy.argsort(descending=True, stable=True) if self.cfg.order == "energy" else None
+
+    def optimize(self, loss):
+        """Backward, clip, Adam; decoder rows lose the gradient along themselves before and are unit again after."""
+        sae = self.sae
+        self.optimizer.zero_grad()
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        with torch.no_grad():
+            grad = sae.W_dec.grad
+            grad -= (grad * sae.W_dec).sum(dim=1, keepdim=True) * sae.W_dec
+            nn.utils.clip_grad_norm_(sae.parameters(), self.cfg.clip)
+            self.optimizer.param_groups[0]["lr"] = self.cfg.lr_at(self.steps_done)
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            sae.W_dec /= sae.W_dec.norm(dim=1, keepdim=True)
+
+    @torch.no_grad()
+    def track(self, values, index, rows):
+        """Update what is learned without gradients, from the batch's active entries: threshold, silent rows, energy."""
+        first, latent = self.steps_done == 0, index % self.cfg.n_latents
+        smallest = values.min().float() if len(values) else torch.zeros_like(self.sae.threshold)
+        self.sae.threshold.lerp_(smallest, 1.0 if first else 0.01)
+        self.rows_silent.add_(rows).index_fill_(0, latent, 0)
+        energy = torch.zeros_like(self.energy).index_add_(0, latent, values.float().square()) / rows
+        self.energy.lerp_(energy, 1.0 if first else 0.05)
+        self.steps_done += 1
+
+    @torch.no_grad()
+    def measure(self, x):
+        """Figures of the SAE as it would be saved now, on raw rows ``x``: {"fvu", "l0", "dead", "threshold"}."""
+        x = x.to(self.device, torch.float32) / self.scale
+        acts = self.sae.encode(x)
+        error, total = (x - self.sae.decode(acts)).pow(2).sum(), (x - x.mean(dim=0)).pow(2).sum()
+        return {"fvu": float(error / total), "l0": float((acts > 0).sum() / len(x)),
+                "dead": float((self.rows_silent >= self.cfg.dead_after).float().mean()),
+                "threshold": float(self.sae.threshold) * self.scale}
+
+    @torch.no_grad()
+    def calibrate(self, x):
+        """Set the threshold so that on raw rows ``x`` (n, D) the mean L0 is k, or all positive entries where they are fewer."""
+        n, floor = round(self.cfg.k * len(x)), 0.5 * float(self.sae.threshold)
+        chunks = [chunk.to(self.device, torch.float32) / self.scale for chunk in x.split(self.cfg.batch_size)]
+        for floor in (floor, 0.0):
+            above = torch.cat([pre[pre > floor] for pre in map(self.sae.pre_acts, chunks)])
+            if len(above) > n:
+                self.sae.threshold.copy_(above.topk(n + 1).values[-1])
+                return
+        self.sae.threshold.zero_()
+
+    @torch.no_grad()
+    def export(self):
+        """A copy for raw activations: scale folded into ``b_enc``, ``b_dec``, ``threshold``, latents laid out in prefix order."""
+        sae = MatryoshkaSAE(len(self.sae.b_dec), self.cfg.n_latents, self.sae.prefixes).to(self.device)
+        order = slice(None) if self.cfg.order == "stored" else self.prefix_order()
+        sae.W_enc.copy_(self.sae.W_enc[:, order])
+        sae.b_enc.copy_(self.sae.b_enc[order] * self.scale)
+        sae.W_dec.copy_(self.sae.W_dec[order])
+        sae.b_dec.copy_(self.sae.b_dec * self.scale)
+        sae.threshold.copy_(self.sae.threshold * self.scale)
+        sae.metadata = {"k": self.cfg.k, "training": dataclasses.asdict(self.cfg), "steps_done": self.steps_done}
+        return sae
+
+
+def train(acts, cfg, *, device="cpu", out=None, on_log=None, log_every=50):
+    """Train on ``acts`` and return the SAE for raw activations.
+
+    A twentieth of the rows (at most 16,384) is set aside to calibrate the threshold: on rows trained on over many epochs,
+    L0 comes out lower than on new ones.
+
+    ``acts``: path or array as ``Rows`` takes, a ``Rows``, or any object with ``d_model`` and ``batches(batch_size, seed)``.
+    ``out``: a new or empty folder for the checkpoint and ``metrics.jsonl``. ``on_log``: called every ``log_every`` steps
+    with {"step", "loss", "fvu", "l0", "dead", "threshold"}. ``ValueError`` for bad rows, ``OSError`` if ``out`` is in use.
+    """
+    device = check_device(device)
+    data, aside = (acts if hasattr(acts, "batches") else Rows(acts)).split_off(0.05, cfg.seed)
+    sample = data.sample(CALIBRATION_ROWS, cfg.seed)
+    scale = float(sample.double().pow(2).sum(dim=1).mean().sqrt())
+    _require(scale > 0, "the rows must not all be zero: mean squared norm", scale)
+    trainer = Trainer(cfg, data.d_model, device, sample.double().mean(dim=0).float(), scale)
+    folder = new_folder(out) if out is not None else None
+    with open(folder / "metrics.jsonl", "a") if folder else contextlib.nullcontext() as metrics:
+        for x in itertools.islice(data.batches(cfg.batch_size, cfg.seed), cfg.steps):
+            loss = trainer.step(x)
+            if trainer.steps_done % log_every == 0 or trainer.steps_done == cfg.steps:
+                figures = {"step": trainer.steps_done, "loss": float(loss), **trainer.measure(x)}
+                if metrics:
+                    print(json.dumps(figures), file=metrics, flush=True)
+                if on_log:
+                    on_log(figures)
+    trainer.calibrate(aside.sample(CALIBRATION_ROWS, cfg.seed))
+    sae = trainer.export()
+    if folder:
+        sae.save(folder)
+    return sae
+
+
+# ------------------------------------------------------------------------------------------------------------ 7. metrics
+
+
+@torch.no_grad()
+def evaluate(sae, rows, batch_size=4096):
+    """Figures of ``sae`` over all ``rows`` (raw activations, anything ``Rows`` takes), in one pass.
+
+    ``fvu = sum |x - recon|^2 / sum |x - mean|^2`` (predicting the mean gives 1), ``l0`` active latents per row, ``dead``
+    fraction of latents that never fire on these rows, ``max_cosine`` mean over latents of the largest cosine with another
+    decoder row, ``prefixes`` [{"latents", "fvu", "l0"}] for each of ``sae.prefixes``, ``rows`` their number.
+    """
+    rows = rows if isinstance(rows, Rows) else Rows(rows)
+    levels, device = sae.prefixes, sae.b_dec.device
+    error, active = torch.zeros(2, len(levels), dtype=torch.float64)
+    fired = torch.zeros(len(sae.b_enc), dtype=torch.bool, device=device)
+    sums, squares = torch.zeros(rows.d_model, dtype=torch.float64), 0.0
+    for x in rows.chunks(batch_size):
+        x = x.to(device)
+        acts, recon, start = sae.encode(x), sae.b_dec, 0
+        fired |= (acts > 0).any(dim=0)
+        for i, end in enumerate(levels):
+            recon = recon + acts[:, start:end] @ sae.W_dec[start:end]
+            error[i] += float((x - recon).double().pow(2).sum())
+            active[i] += int((acts[:, :end] > 0).sum())
+            start = end
+        offset = (x - sae.b_dec).double()  # near the mean, so that the variance does not cancel
+        sums += offset.sum(dim=0).cpu()
+        squares += float(offset.pow(2).sum())
+    total = squares - float(sums.pow(2).sum()) / len(rows)
+    fvu = [e / total if total > 0 else math.nan for e in error.tolist()]
+    l0 = (active / len(rows)).tolist()
+    return {"rows": len(rows), "fvu": fvu[-1], "l0": l0[-1], "dead": float((~fired).float().mean()),
+            "max_cosine": max_cosine(sae.W_dec),
+            "prefixes": [{"latents": p, "fvu": f, "l0": a} for p, f, a in zip(levels, fvu, l0)]}
+
+
+@torch.no_grad()
+def max_cosine(W_dec, block=2048):
+    """Mean over the rows of ``W_dec`` (F, D) of the largest cosine with any other row; 0 for a single row."""
+    rows = nn.functional.normalize(W_dec, dim=1)
+    if len(rows) < 2:
+        return 0.0
+    best = []
+    for start in range(0, len(rows), block):
+        cosine = rows[start:start + block] @ rows.T
+        cosine.diagonal(start).fill_(-1.0)
+        best.append(cosine.max(dim=1).values)
+    return float(torch.cat(best).mean())
+
+
+# ----------------------------------------------------------------------------------------------------------- 8. toy data
+
+
+class FeatureTree:
+    """A tree of features, of which a child is on only where its parent is: the toy of noanabeshima/matryoshka-saes.
+
+    ``spec``: a node {"active_prob": p given that the parent is on, "is_read_out": false for a hidden node, "is_binary": false
+    for a magnitude uniform in [0.5, 1.5), "mutually_exclusive_children": true for at most one child at a time, whose
+    probabilities then sum to at most 1, "children": [nodes], "id"}. Features are numbered from the root, depth first.
+    ``d_model`` defaults to the number of features, whose directions are orthogonal, with norms 1 + norm_std N(0, 1).
+    ``ValueError`` names the bad field.
+    """
+
+    def __init__(self, spec, d_model=None, norm_std=0.05, seed=0):
+        self.nodes = []  # [parent, random column, low, high, feature or None, binary]: on where low <= column < high
+        self.n_columns = 0
+        self._add(spec, "tree", None, None, 0.0)
+        self.parent_of = self._visible_parents()
+        n = len(self.parent_of)
+        _require(n >= 1, "tree must have at least one node that is read out; number of them", n)
+        self.d_model = n if d_model is None else d_model
+        _require(self.d_model >= n, f"d_model must be at least the number of features {n}", self.d_model)
+        generator = torch.Generator().manual_seed(seed)
+        basis = torch.linalg.qr(torch.randn(self.d_model, self.d_model, generator=generator)).Q
+        self.directions = basis[:n] * (1 + norm_std * torch.randn(n, 1, generator=generator))
+
+    def _add(self, spec, path, parent, column, low):
+        known = {"active_prob", "id", "is_read_out", "is_binary", "mutually_exclusive_children", "children"}
+        _require(isinstance(spec, dict), f"{path} must be an object", repr(spec))
+        unknown = sorted(set(spec) - known)
+        _require(not unknown, f"{path} may only have the keys {', '.join(sorted(known))}", ", ".join(unknown))
+        p = spec.get("active_prob")
+        _require(isinstance(p, (int, float)) and not isinstance(p, bool) and 0 <= p <= 1,
+                 f"{path}.active_prob must be a number in [0, 1]", repr(p))
+        flags = {"is_read_out": True, "is_binary": True, "mutually_exclusive_children": False}
+        for name in flags:
+            flags[name] = spec.get(name, flags[name])
+            _require(isinstance(flags[name], bool), f"{path}.{name} must be true or false", repr(flags[name]))
+        children = spec.get("children", [])
+        _require(isinstance(children, list), f"{path}.children must be a list", repr(children))
+        if column is None:
+            column, self.n_columns = self.n_columns, self.n_columns + 1
+        index = len(self.nodes)
+        self.nodes.append((parent, column, low, low + p, flags["is_read_out"], flags["is_binary"]))
+        shared, low = None, 0.0
+        if flags["mutually_exclusive_children"]:
+            shared, self.n_columns = self.n_columns, self.n_columns + 1
+        for i, child in enumerate(children):
+            self._add(child, f"{path}.children[{i}]", index, shared, low)
+            low += child["active_prob"] if shared is not None else 0.0
+        _require(low <= 1 + 1e-9, f"{path}.children exclude each other, so their active_prob must sum to at most 1", round(low, 9))
+
+    def _visible_parents(self):
+        feature = {}
+        parents = []
+        for i, (parent, *_, read_out, _) in enumerate(self.nodes):
+            while parent is not None and parent not in feature:
+                parent = self.nodes[parent][0]
+            if read_out:
+                feature[i] = len(parents)
+                parents.append(None if parent is None else feature[parent])
+        return parents
+
+    @property
+    def pairs(self):
+        """(parent, child) feature numbers."""
+        return [(p, c) for c, p in enumerate(self.parent_of) if p is not None]
+
+    def sample_features(self, n, generator):
+        """Feature activations (n, n_features): one uniform draw per node, or per set of exclusive siblings, for all rows at once."""
+        draws = torch.rand(self.n_columns, n, generator=generator)
+        on = []
+        for parent, column, low, high, *_ in self.nodes:
+            node = (draws[column] >= low) & (draws[column] < high) if high - low < 1 else torch.ones(n, dtype=torch.bool)
+            on.append(node if parent is None else node & on[parent])
+        columns = [o.float() if binary else o * (0.5 + torch.rand(n, generator=generator))
+                   for o, (*_, read_out, binary) in zip(on, self.nodes) if read_out]
+        return torch.stack(columns, dim=1)
+
+    def batches(self, batch_size, seed):
+        """Endless rows of activations (batch_size, D) = features @ directions, sampled about 20,000 rows at a time."""
+        generator = torch.Generator().manual_seed(seed)
+        per_draw = max(1, 20_000 // batch_size)
+        while True:
+            yield from (self.sample_features(per_draw * batch_size, generator) @ self.directions).split(batch_size)
+
+    def sample(self, n, seed):
+        """``n`` rows (n, D) that depend on ``seed`` alone."""
+        return next(self.batches(n, seed))
+
+    def split_off(self, fraction, seed):
+        """Endless rows need no splitting: (itself, itself), for ``train``."""
+        return self, self
+
+    def pure_features(self):
+        """Feature activations (n_features, n_features): in row i feature i is on, its parents too, and nothing else."""
+        pure = torch.eye(len(self.parent_of))
+        for child, parent in enumerate(self.parent_of):
+            if parent is not None:
+                pure[child] += pure[parent]
+        return pure
+
+
+@torch.no_grad()
+def matched_acts(sae, tree, rows):
+    """Codes of ``rows`` by the latents that stand for the true features: (n, D) -> (n, n_features).
+
+    Latents are matched to features greedily by |cosine| of the directions, none twice; without a latent left, the code is 0.
+    """
+    cosine = (nn.functional.normalize(tree.directions, dim=1) @ sae.W_dec.T).abs()
+    codes, matched = sae.encode(rows), torch.zeros(len(rows), len(cosine))
+    for _ in range(min(cosine.shape)):
+        feature, latent = divmod(int(cosine.argmax()), cosine.shape[1])
+        matched[:, feature] = codes[:, latent]
+        cosine[feature] = cosine[:, latent] = -1.0
+    return matched
+
+
+@torch.no_grad()
+def toy_figures(sae, tree, seed, n=20_000):
+    """Figures on ``n`` fresh toy rows: ``evaluate``'s fvu and l0, and how well the true features are recovered.
+
+    ``cosine`` (n_features,): best |cosine| of each true direction with a decoder row; ``clean`` counts those >= 0.9.
+    ``absorption`` per (parent, child): share of the rows with the child on where the parent's latent is silent.
+    """
+    features = tree.sample_features(n, torch.Generator().manual_seed(seed))
+    rows = features @ tree.directions
+    cosine = (nn.functional.normalize(tree.directions, dim=1) @ sae.W_dec.T).abs().max(dim=1).values
+    silent = matched_acts(sae, tree, rows) == 0
+    absorption = [{"parent": p, "child": c, "rate": float(silent[on, p].float().mean()) if (on := features[:, c] > 0).any() else None}
+                  for p, c in tree.pairs]
+    return {**{name: figure for name, figure in evaluate(sae, rows.numpy()).items() if name in ("fvu", "l0")},
+            "clean": int((cosine >= 0.9).sum()), "features": len(cosine), "mean_cosine": float(cosine.mean()),
+            "min_cosine": float(cosine.min()), "absorption": absorption}
+
+
+def toy_experiment(settings, seed=0, on_log=None):
+    """Train a Matryoshka and a vanilla SAE (one prefix, all else equal) on the same toy rows: (tree, SAEs, figures), by name.
+
+    ``settings``: {"tree": a ``FeatureTree`` spec, "train": ``TrainConfig`` fields, n_latents defaulting to the number of
+    features, "d_model", "norm_std": optional}. ``on_log(name, cfg)`` gives the ``on_log`` of each training.
+    """
+    unknown = sorted(set(settings) - {"tree", "train", "d_model", "norm_std"})
+    _require(not unknown, "the toy's settings are tree, train, d_model and norm_std", ", ".join(unknown))
+    for name in ("tree", "train"):
+        _require(isinstance(settings.get(name), dict), f"{name} must be an object", repr(settings.get(name)))
+    tree = FeatureTree(settings["tree"], settings.get("d_model"), settings.get("norm_std", 0.05), seed)
+    cfg = TrainConfig.from_dict({"n_latents": len(tree.parent_of), **settings["train"], "seed": seed})
+    one_prefix = {"prefixes": (cfg.n_latents,), "n_prefixes": None, "level_weights": None, "level_weights_start": None}
+    configs = {"matryoshka": cfg, "vanilla": dataclasses.replace(cfg, **one_prefix)}
+    saes = {name: train(tree, c, on_log=on_log and on_log(name, c)) for name, c in configs.items()}
+    return tree, saes, {name: toy_figures(sae, tree, seed + 1_000_003) for name, sae in saes.items()}
+
+
+# -------------------------------------------------------------------------------------------------------------- 9. files
+
+BLOCK, POOL = 256, 256       # consecutive rows read together; blocks shuffled together, so 65,536 rows are in memory
+CALIBRATION_ROWS = 65_536    # training rows that give scale, mean and the final threshold
+WEIGHTS, CONFIG = "sae_weights.safetensors", "cfg.json"
+
+
+class Rows:
+    """Activation rows (n, D) of a ``.npy`` file (memory-mapped), an array or a tensor, read as float32.
+
+    float16, float32 or float64, of shape (rows, D) or (docs, positions, D). ``keep``: a boolean mask (n,) of the rows to
+    use. ``ValueError`` for anything else, and for the first row read that is not finite; ``OSError`` if unreadable.
+    """
+
+    def __init__(self, source, keep=None):
+        self.name = str(source) if isinstance(source, (str, os.PathLike)) else "the array"
+        array = source
+        if isinstance(source, (str, os.PathLike)):
+            array = _open_npy(source)
+        elif isinstance(source, torch.Tensor):
+            array = source.detach().cpu().numpy()
+        _require(array.dtype.kind == "f" and array.dtype.itemsize in (2, 4, 8),
+                 f"{self.name} must hold float16, float32 or float64", array.dtype)
+        _require(array.ndim in (2, 3) and array.size > 0,
+                 f"{self.name} must have the shape (rows, D) or (docs, positions, D), none of them 0", array.shape)
+        _require(array.flags.c_contiguous or array.ndim == 2,
+                 f"{self.name} must be in C order to be read as rows", "Fortran order")
+        self.array = array.reshape(-1, array.shape[-1])
+        self.keep = keep
+        self.d_model = self.array.shape[1]
+
+    def _kept(self, mask):
+        rows = Rows(self.array, mask)
+        rows.name = self.name
+        return rows
+
+    def __len__(self):
+        return len(self.array) if self.keep is None else int(self.keep.sum())
+
+    def split_off(self, fraction, seed):
+        """Set a random ``fraction`` of the rows aside, at least 1 and at most 16,384: (the others, those)."""
+        n = min(max(1, round(fraction * len(self))), 16_384)
+        _require(len(self) >= 2, f"{self.name} must have at least 2 rows", len(self))
+        mask = np.zeros(len(self.array), dtype=bool)
+        usable = np.arange(len(self.array)) if self.keep is None else self.keep.nonzero()[0]
+        mask[np.random.default_rng(seed).choice(usable, n, replace=False, shuffle=False)] = True
+        everything = np.ones_like(mask) if self.keep is None else self.keep
+        return self._kept(everything & ~mask), self._kept(mask)
+
+    def _read(self, index):
+        if self.keep is not None:
+            index = index[self.keep[index]]
+        with np.errstate(over="ignore"):
+            rows = self.array[index].astype(np.float32)
+        bad = ~np.isfinite(rows).all(axis=1)
+        if bad.any():
+            raise ValueError(f"{self.name} has a NaN or infinite value in row {index[bad.argmax()]}")
+        return rows
+
+    def chunks(self, size):
+        """All rows once, in order, as tensors of at most ``size`` rows."""
+        for start in range(0, len(self.array), size):
+            rows = self._read(np.arange(start, min(start + size, len(self.array))))
+            if len(rows):
+                yield torch.from_numpy(rows)
+
+    def batches(self, batch_size, seed):
+        """Endless batches (batch_size, D); every row once an epoch, in an order that depends on ``seed`` and the epoch alone.
+
+        Blocks of consecutive rows are permuted, and the rows of a pool of blocks again, so memory is bounded by the pool.
+        """
+        _require(len(self) >= batch_size, f"batch_size must be at most the number of training rows {len(self)}", batch_size)
+        left = np.empty((0, self.d_model), np.float32)
+        for epoch in itertools.count():
+            rng = np.random.default_rng([seed, epoch])
+            blocks = rng.permutation(-(-len(self.array) // BLOCK))
+            for start in range(0, len(blocks), POOL):
+                index = (np.sort(blocks[start:start + POOL])[:, None] * BLOCK + np.arange(BLOCK)).ravel()
+                pool = self._read(index[index < len(self.array)])
+                pool = np.concatenate([left, pool[rng.permutation(len(pool))]])
+                whole = len(pool) // batch_size * batch_size
+                yield from torch.from_numpy(pool[:whole]).split(batch_size) if whole else ()
+                left = pool[whole:]
+
+    def sample(self, n, seed):
+        """At most ``n`` rows at random, that depend on ``seed`` alone."""
+        return next(self.batches(min(n, len(self)), seed))
+
+
+def _open_npy(path):
+    try:
+        return np.lib.format.open_memmap(path, mode="r")
+    except OSError:
+        raise
+    except Exception as error:  # numpy's parser raises whatever a damaged header leads it to
+        raise ValueError(f"{path} is not a readable .npy file of numbers: {str(error).splitlines()[0]}") from None
+
+
+def check_device(device):
+    """``torch.device`` of the name ``device``; ``ValueError`` if this machine or this build of torch lacks it."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {device!r} is not available here: {str(error).splitlines()[0]}") from None
+    return torch.device(device)
+
+
+def new_folder(path):
+    """Create the folder ``path``; ``FileExistsError`` if it holds anything."""
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()):
+        raise FileExistsError(f"{folder} is not empty: choose another output folder")
+    return folder
+
+
+def write_atomically(path, data):
+    """Write bytes under a temporary name, fsync, rename: a reader sees the old file or the whole new one."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_json(path):
+    """The object in a JSON file; ``ValueError`` names the file and the place of the fault."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    _require(isinstance(content, dict), f"{path} must hold a JSON object", type(content).__name__)
+    return content
