@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 import torch
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -71,6 +72,7 @@ def toy(config, seed, seeds, out):
         if number == seed:
             maps = heat_maps(tree, saes)
     report = results[0] if seeds == 1 else {"seeds": results}
+    folder.mkdir(parents=True, exist_ok=True)
     msae.write_atomically(folder / "toy.json", (json.dumps(report, indent=2) + "\n").encode())
     msae.write_atomically(folder / "toy.svg", svg(maps).encode())
     console.print(toy_table(results))
@@ -80,18 +82,22 @@ def toy(config, seed, seeds, out):
 
 
 def own_folder(path, names):
-    """The folder ``path``, created; refused if it holds anything but files of these ``names``, which will be replaced."""
+    """The folder ``path``, refused if it holds anything but files of these ``names``, which will be replaced."""
     folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    foreign = sorted(item.name for item in folder.iterdir() if item.name not in names)
+    foreign = sorted(item.name for item in folder.iterdir() if item.name not in names) if folder.exists() else ()
     if foreign:
         raise FileExistsError(f"{folder} holds something else ({foreign[0]}): choose another --out")
     return folder
 
 
+def new_table(*columns, **options):
+    return Table(*columns, box=box.SIMPLE_HEAD, title_justify="left", caption_justify="left", padding=(0, 1), **options)
+
+
 def toy_table(results):
     """One row per SAE and seed, the means over several seeds, and the published figures."""
-    table = Table("", "seed", "FVU", "L0", "clean", "mean cos", "min cos", "absorption", title="True features recovered")
+    table = new_table("", "seed", "FVU", "L0", "clean", "cos", "min cos", "absorbed", title="True features recovered")
+    table.columns[0].no_wrap = True
     for name in ("matryoshka", "vanilla"):
         for r in results:
             table.add_row(name, str(r["seed"]), *toy_cells(r[name]))
@@ -114,7 +120,7 @@ def toy_cells(figures):
 
 def absorption_table(result):
     """Absorption rate of every parent-child pair, a parent per row."""
-    table = Table("parent", "children", "matryoshka", "vanilla", title=f"Absorption by child, seed {result['seed']}")
+    table = new_table("parent", "children", "matryoshka", "vanilla", title=f"Absorption by child, seed {result['seed']}")
     pairs = list(zip(result["matryoshka"]["absorption"], result["vanilla"]["absorption"]))
     for parent in dict.fromkeys(ours["parent"] for ours, _ in pairs):
         own = [(a, b) for a, b in pairs if a["parent"] == parent]
@@ -134,10 +140,10 @@ def heat_maps(tree, saes):
 
 
 def colour(value):
-    """RGB of a value in [0, 1]; values outside are clipped."""
+    """Hex colour of a value in [0, 1]; values outside are clipped."""
     place = min(max(value, 0.0), 1.0) * (len(COLOURS) - 1)
     low = min(int(place), len(COLOURS) - 2)
-    return tuple(round(a + (b - a) * (place - low)) for a, b in zip(COLOURS[low], COLOURS[low + 1]))
+    return "#" + "".join(f"{round(a + (b - a) * (place - low)):02x}" for a, b in zip(COLOURS[low], COLOURS[low + 1]))
 
 
 def terminal_maps(maps):
@@ -149,7 +155,7 @@ def terminal_maps(maps):
         for upper, lower in zip(values[::2], [*values[1::2], [0.0] * len(values[0])]):
             for a, b in zip(upper, lower):
                 if console.color_system and not console.no_color:
-                    text.append("▀", f"rgb{colour(a)} on rgb{colour(b)}".replace(" (", "("))
+                    text.append("▀", f"{colour(a)} on {colour(b)}")
                 else:
                     text.append(" .:*#"[round(4 * min(max((a + b) / 2, 0), 1))])
             text.append("\n")
@@ -160,18 +166,18 @@ def terminal_maps(maps):
 
 
 def svg(maps, cell=11):
-    """The maps as a picture: rows are inputs with one feature on, columns the latents matched to the features."""
-    parts, x, side = [], 20, cell * len(maps["true features"])
-    for title, values in maps.items():
-        parts.append(f'<text x="{x + side / 2}" y="22" text-anchor="middle" font-size="14" font-weight="600">{title}</text>')
-        parts.append(f'<text x="{x + side / 2}" y="{side + 54}" text-anchor="middle" font-size="11" fill="#667">'
-                     f'{"feature" if title == "true features" else "latent matched to feature"}</text>')
-        for i, row in enumerate(values):
-            parts += [f'<rect x="{x + j * cell}" y="{34 + i * cell}" width="{cell - 1}" height="{cell - 1}" '
-                      f'fill="rgb{colour(v)}"/>' for j, v in enumerate(row)]
-        x += side + 30
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {x - 10} {side + 66}" font-family="system-ui, sans-serif">\n'
-            f'<rect width="100%" height="100%" rx="8" fill="#fff"/>\n' + "\n".join(parts) + "\n</svg>\n")
+    """The maps as a picture: rows are inputs with one feature and its parents on, columns the latents matched to features."""
+    side, parts = cell * len(maps["true features"]), []
+    parts.append(f'<text transform="translate(22 {34 + side / 2}) rotate(-90)" text-anchor="middle" font-size="11" fill="#667">'
+                 "input: one feature and its parents</text>")
+    for panel, (title, values) in enumerate(maps.items()):
+        x, below = 32 + panel * (side + 26), "feature" if panel == 0 else "latent matched to feature"
+        parts.append(f'<text x="{x + side / 2}" y="22" text-anchor="middle" font-size="14" font-weight="600">{title.capitalize()}</text>')
+        parts.append(f'<text x="{x + side / 2}" y="{side + 52}" text-anchor="middle" font-size="11" fill="#667">{below}</text>')
+        parts += [f'<rect x="{x + j * cell}" y="{34 + i * cell}" width="{cell - 1}" height="{cell - 1}" fill="{colour(v)}"/>'
+                  for i, row in enumerate(values) for j, v in enumerate(row)]
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {20 + len(maps) * (side + 26)} {side + 62}" '
+            'font-family="system-ui, sans-serif">\n<rect width="100%" height="100%" rx="8" fill="#fff"/>\n' + "\n".join(parts) + "\n</svg>\n")
 
 
 # ---------------------------------------------------------------------------------------------------------------- train
@@ -228,7 +234,7 @@ def free_folder(path):
 
 def figures_table(figures):
     """Figures on held-out rows: a row per prefix, the whole SAE last."""
-    table = Table("latents", "FVU", "L0", title=f"{figures['rows']:,} held-out rows")
+    table = new_table("latents", "FVU", "L0", title=f"{figures['rows']:,} held-out rows")
     for level in figures["prefixes"]:
         table.add_row(f"{level['latents']:,}", f"{level['fvu']:.4f}", f"{level['l0']:.2f}")
     table.caption = f"dead {figures['dead']:.2%}, mean max decoder cosine {figures['max_cosine']:.3f}"

@@ -23,6 +23,7 @@ import itertools
 import json
 import math
 import os
+import typing
 import warnings
 from pathlib import Path
 
@@ -37,102 +38,111 @@ from torch import nn
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """All settings of one training run; every field is checked on creation (``ValueError`` names the value and the rule).
+    """All settings of one training run. ``ValueError`` names the field, the rule and the value that breaks it.
 
-    Two configs that are equal give, on one machine and device, the same weights.
+    The same config and rows give, on one machine and device, the same weights: bit for bit on the CPU.
     """
 
     n_latents: int
-    k: float = 30.0                        # active latents per row, on average over the batch; need not be whole
-    prefixes: tuple | None = None          # lengths that end in n_latents, or fractions that end in 1; None: 1/16, 1/8, ... 1
-    n_prefixes: int | None = None          # instead of prefixes: sample this many at every step (Pareto)
-    pareto_power: float = 0.5              # towards 0 favours short prefixes, 1 is uniform
-    level_weights: tuple | None = None     # w_p, one per prefix, scaled to sum 1; None: all equal
-    level_weights_start: tuple | None = None  # w_p at step 0, reaching level_weights after k_anneal_steps
-    order: str = "stored"                  # "energy": prefixes run over latents sorted by their running mean square
-    batch_size: int = 2048                 # rows
+    k: float = 30.0                    # active latents per row, on average over the batch; need not be whole
+    prefixes: tuple | None = None      # lengths that end in n_latents, or fractions that end in 1; None: 1/16, 1/8, 1/4, 1/2, 1
+    n_prefixes: int | None = None      # instead: sample this many at every step (Pareto)
+    pareto_power: float = 0.5          # towards 0 favours short prefixes, 1 is uniform
+    level_weights: tuple | None = None  # w_p, one per prefix, scaled to sum 1; None: all equal
+    order: str = "stored"              # "energy": prefixes run over the latents sorted by their running mean square
+    batch_size: int = 2048             # rows
     steps: int = 10_000
-    lr: float | None = None                # Adam's peak rate; None: default_lr(n_latents)
+    lr: float | None = None            # Adam's peak rate; None: default_lr(n_latents)
     betas: tuple = (0.9, 0.999)
-    warmup_steps: int | None = None        # linear from 0; None: a tenth of the steps, at most 1000
-    decay_fraction: float = 0.2            # the last part of the steps, in which lr falls linearly to 0
-    k_start: float | None = None           # k at step 0, moving linearly to k; None: k throughout
+    warmup_steps: int | None = None    # of linear rise from 0; None: a tenth of the steps, at most 1000
+    decay_fraction: float = 0.2        # of the steps, at the end, in which lr falls linearly to 0
+    k_start: float | None = None       # k at step 0, moving linearly to k over k_anneal_steps; None: k throughout
     k_anneal_steps: int = 0
-    aux_coef: float = 1 / 32               # weight of the loss that revives dead latents
-    dead_after: int = 200_000              # rows without firing after which a latent counts as dead
-    clip: float = 1.0                      # largest gradient norm
-    dtype: str = "float32"                 # of the products under autocast; weights and threshold stay float32
+    n_latents_start: int | None = None  # spare latents at first: the least energetic go until n_latents are left
+    prune_window: tuple = (0.3, 0.6)   # fractions of the steps between which they go
+    aux_coef: float = 1 / 32           # weight of the loss that revives dead latents
+    dead_after: int = 200_000          # rows without firing that make a latent dead
+    clip: float = 1.0                  # largest norm of the whole gradient
+    dtype: str = "float32"             # of the products, under autocast; weights, threshold and losses stay float32
     seed: int = 0
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, list):
-                object.__setattr__(self, field.name, tuple(value))
+            object.__setattr__(self, field.name, tuple(value) if isinstance(value, list) else value)
             _check_type(field, getattr(self, field.name))
-        for name in ("n_latents", "batch_size", "steps", "dead_after"):
-            _require(getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name))
-        for name in ("k_anneal_steps", "aux_coef", "seed"):
-            _require(getattr(self, name) >= 0, f"{name} must not be negative", getattr(self, name))
-        for name in ("k", "k_start"):
-            k = getattr(self, name)
-            _require(k is None or 0 < k <= self.n_latents, f"{name} must lie in (0, n_latents={self.n_latents}]", k)
-            _require(k is None or round(k * self.batch_size) >= 1, f"{name} * batch_size must come to at least one active entry", k)
-        _require(self.lr is None or self.lr > 0, "lr must be positive", self.lr)
-        _require(self.warmup_steps is None or self.warmup_steps >= 0, "warmup_steps must not be negative", self.warmup_steps)
-        _require(0 < self.pareto_power <= 1, "pareto_power must lie in (0, 1]", self.pareto_power)
-        _require(0 <= self.decay_fraction <= 1, "decay_fraction must lie in [0, 1]", self.decay_fraction)
-        _require(self.clip > 0, "clip must be positive", self.clip)
-        _require(len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "betas must be two numbers in [0, 1)", self.betas)
-        _require(self.order in ("stored", "energy"), 'order must be "stored" or "energy"', self.order)
-        _require(self.dtype in ("float32", "bfloat16", "float16"), "dtype must be float32, bfloat16 or float16", self.dtype)
-        _require(self.prefixes is None or self.n_prefixes is None, "give prefixes or n_prefixes, not both; prefixes =", self.prefixes)
-        _require(self.n_prefixes is None or 1 <= self.n_prefixes <= self.n_latents,
-                 f"n_prefixes must lie in [1, n_latents={self.n_latents}]", self.n_prefixes)
-        for name in ("level_weights", "level_weights_start"):
-            weights, levels = getattr(self, name), self.n_prefixes or len(self.levels())
-            _require(weights is None or len(weights) == levels and all(w >= 0 for w in weights) and sum(weights) > 0,
-                     f"{name} must be {levels} numbers, one per prefix, none negative and not all 0", weights)
+        F, window = self.n_latents, self.prune_window
+        for name, ok, rule in (
+            ("n_latents", F >= 1, "be at least 1"),
+            ("k", 0 < self.k <= F, f"lie in (0, n_latents={F}]"),
+            ("k_start", self.k_start is None or 0 < self.k_start <= F, f"lie in (0, n_latents={F}]"),
+            ("batch_size", self.batch_size >= 1, "be at least 1"),
+            ("k", round(min(self.k, self.k_start or F) * self.batch_size) >= 1,
+             f"give at least one active entry in a batch of batch_size={self.batch_size}"),
+            ("n_prefixes", self.n_prefixes is None or 1 <= self.n_prefixes <= F, f"lie in [1, n_latents={F}]"),
+            ("n_prefixes", self.n_prefixes is None or self.prefixes is None, "not be given together with prefixes"),
+            ("pareto_power", 0 < self.pareto_power <= 1, "lie in (0, 1]"),
+            ("order", self.order in ("stored", "energy"), 'be "stored" or "energy"'),
+            ("steps", self.steps >= 1, "be at least 1"),
+            ("lr", self.lr is None or self.lr > 0, "be positive"),
+            ("betas", len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas), "be two numbers in [0, 1)"),
+            ("warmup_steps", (self.warmup_steps or 0) >= 0, "not be negative"),
+            ("decay_fraction", 0 <= self.decay_fraction <= 1, "lie in [0, 1]"),
+            ("k_anneal_steps", self.k_anneal_steps >= 0, "not be negative"),
+            ("n_latents_start", (self.n_latents_start or F) >= F, f"be at least n_latents={F}"),
+            ("prune_window", len(window) == 2 and 0 <= window[0] < window[1] <= 1, "be two increasing fractions"),
+            ("aux_coef", self.aux_coef >= 0, "not be negative"),
+            ("dead_after", self.dead_after >= 1, "be at least 1"),
+            ("clip", self.clip > 0, "be positive"),
+            ("dtype", self.dtype in ("float32", "bfloat16", "float16"), "be float32, bfloat16 or float16"),
+            ("seed", 0 <= self.seed < 2**63, "lie in [0, 2^63)"),
+        ):
+            _require(ok, f"{name} must {rule}", getattr(self, name))
+        n, w = self.n_prefixes or len(self.levels()), self.level_weights
+        _require(w is None or len(w) == n and min(w) >= 0 and sum(w) > 0,
+                 f"level_weights must be {n} numbers, one per prefix, none negative and not all 0", w)
 
     @classmethod
     def from_dict(cls, settings):
         """Build a config from JSON-like ``settings``; an unknown key is refused by name."""
-        unknown = sorted(set(settings) - {field.name for field in dataclasses.fields(cls)})
-        if unknown:
-            raise ValueError(f"unknown setting {', '.join(map(repr, unknown))}; known: "
-                             + ", ".join(field.name for field in dataclasses.fields(cls)))
-        if "n_latents" not in settings:
-            raise ValueError("n_latents is missing: the number of latents has no default")
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in settings:
+            _require(name in known, f"settings must be among {', '.join(known)}", repr(name))
+        _require("n_latents" in settings, "n_latents, the number of latents, must be given", "none")
         return cls(**settings)
 
     def levels(self):
-        """Prefix lengths by which the finished SAE is described and evaluated; those of training unless sampled."""
+        """The prefix lengths that describe the finished SAE: those of training, or the default ones where they are sampled."""
         return fixed_prefixes(self.n_latents, self.prefixes)
 
-    def anneal(self, start, end, step):
-        """The value at ``step`` of a setting that moves linearly from ``start`` to ``end`` over ``k_anneal_steps``."""
-        if start is None or step >= self.k_anneal_steps:
-            return end
-        return start + (end - start) * step / self.k_anneal_steps
+    def weights(self):
+        """Level weights ``w_p``, which sum to 1."""
+        given = self.level_weights or (1,) * (self.n_prefixes or len(self.levels()))
+        return [w / sum(given) for w in given]
 
     def lr_at(self, step):
-        """Learning rate of the step with index ``step``: linear warm-up, constant, linear decay to 0."""
+        """Learning rate of step number ``step`` (from 0): linear warm-up, constant, linear decay to 0."""
         warmup = min(self.steps // 10, 1000) if self.warmup_steps is None else self.warmup_steps
         rise = (step + 1) / warmup if step < warmup else 1.0
         fall = (self.steps - step) / max(self.decay_fraction * self.steps, 1.0)
         return (self.lr or default_lr(self.n_latents)) * min(rise, fall, 1.0)
 
-    def weights_at(self, step):
-        """Level weights ``w_p`` of the step with index ``step``; they sum to 1."""
-        n = self.n_prefixes or len(self.levels())
-        end = self.level_weights or (1.0,) * n
-        weights = [self.anneal(a, b, step) for a, b in zip(self.level_weights_start or end, end)]
-        return [w / sum(weights) for w in weights]
+    def k_at(self, step):
+        """Active latents per row at step number ``step``."""
+        if self.k_start is None or step >= self.k_anneal_steps:
+            return self.k
+        return self.k_start + (self.k - self.k_start) * step / self.k_anneal_steps
+
+    def latents_at(self, step):
+        """Number of latents at step number ``step``, spare ones included."""
+        first, last = (fraction * self.steps for fraction in self.prune_window)
+        spare = (self.n_latents_start or self.n_latents) - self.n_latents
+        return self.n_latents + math.ceil(spare * min(max((last - step) / (last - first), 0.0), 1.0))
 
 
 def default_lr(n_latents):
     """Adam's peak learning rate, from a sweep on real activations (see the README)."""
-    return 1e-3
+    return 4e-3
 
 
 def _require(ok, rule, value):
@@ -141,15 +151,12 @@ def _require(ok, rule, value):
 
 
 def _check_type(field, value):
-    kinds = field.type if isinstance(field.type, type) else None
-    allowed = {int: (int,), float: (int, float), str: (str,), tuple: (tuple,)}
-    types = [kinds] if kinds else [t for t in field.type.__args__]
-    ok = any(value is None if t is type(None) else isinstance(value, allowed[t]) and not isinstance(value, bool) for t in types)
-    numbers = value if isinstance(value, tuple) else (value,) if isinstance(value, float) else ()
+    kinds = typing.get_args(field.type) or (field.type,)
+    numbers = value if isinstance(value, tuple) else (value,) if float in kinds and value is not None else ()
+    ok = isinstance(value, (int, *kinds) if float in kinds else kinds) and not isinstance(value, bool)
     ok = ok and all(isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) for v in numbers)
-    names = " or ".join({int: "a whole number", float: "a finite number", str: "a string", tuple: "a list of numbers",
-                         type(None): "null"}[t] for t in types)
-    _require(ok, f"{field.name} must be {names}", repr(value))
+    names = {int: "a whole number", float: "a finite number", str: "a string", tuple: "a list of numbers", type(None): "null"}
+    _require(ok, f"{field.name} must be {' or '.join(names[kind] for kind in kinds)}", repr(value))
 
 
 # ---------------------------------------------------------------------------------------------------------- 2. prefixes
@@ -165,11 +172,10 @@ def fixed_prefixes(n_latents, prefixes=None):
     """
     given = FRACTIONS if prefixes is None else tuple(prefixes)
     increasing = len(given) > 0 and given[0] > 0 and all(a < b for a, b in zip(given, given[1:]))
-    _require(increasing and (given[-1] == 1 or given[-1] == n_latents and all(p == int(p) for p in given)),
+    lengths = increasing and given[-1] == n_latents and all(p == int(p) for p in given)
+    _require(increasing and (lengths or given[-1] == 1),
              f"prefixes must increase and end in n_latents={n_latents} (or, as fractions, in 1)", list(given))
-    if given[-1] == n_latents:
-        return tuple(int(p) for p in given)
-    return tuple(sorted({max(1, round(p * n_latents)) for p in given}))
+    return tuple(int(p) for p in given) if lengths else tuple(sorted({max(1, round(p * n_latents)) for p in given}))
 
 
 def sample_prefixes(n_latents, n_prefixes, power=0.5, generator=None):
@@ -280,8 +286,11 @@ class MatryoshkaSAE(nn.Module):
         for key, needed in {"architecture": "jumprelu", "apply_b_dec_to_input": True, "normalize_activations": "none",
                             "reshape_activations": "none"}.items():
             _require(cfg.get(key) == needed, f"{folder / CONFIG} must have {key} = {needed!r}", repr(cfg.get(key)))
-        D, F, metadata = cfg.get("d_in"), cfg.get("d_sae"), cfg.get("metadata", {})
+        D, F, metadata = cfg.get("d_in"), cfg.get("d_sae"), cfg.get("metadata") or {}
         _require(all(isinstance(n, int) and n > 0 for n in (D, F)), f"{folder / CONFIG} must have whole d_in and d_sae", (D, F))
+        prefixes = metadata.get("prefixes") if isinstance(metadata, dict) else metadata
+        _require(prefixes is None or isinstance(prefixes, list) and all(isinstance(p, int) for p in prefixes),
+                 f"metadata in {folder / CONFIG} must be an object whose prefixes are whole numbers", repr(prefixes))
         try:
             tensors = load_file(folder / WEIGHTS)
         except SafetensorError as error:
@@ -293,7 +302,7 @@ class MatryoshkaSAE(nn.Module):
             _require(bool(tensor.isfinite().all()), f"{name} in {folder / WEIGHTS} must be finite", "NaN or infinity")
         threshold = tensors.pop("threshold")
         _require(bool((threshold == threshold[0]).all()), f"threshold in {folder / WEIGHTS} must be one number, repeated", "several")
-        sae = cls(D, F, metadata.get("prefixes"))
+        sae = cls(D, F, prefixes)
         sae.load_state_dict({**tensors, "threshold": threshold[0]})
         sae.metadata = {name: value for name, value in metadata.items() if name not in ("sae_lens_version", "prefixes")}
         return sae.to(device)
@@ -313,7 +322,7 @@ def nested_loss(x, acts, W_dec, b_dec, prefixes, weights=None):
     recon, loss, start = b_dec, 0.0, 0
     for end, weight in zip(prefixes, weights):
         recon = recon + acts[:, start:end] @ W_dec[start:end]
-        loss = loss + weight * (x - recon).float().pow(2).sum(dim=1).mean()
+        loss = loss + weight * (x - recon).pow(2).sum(dim=1).mean()
         start = end
     return loss, recon
 
@@ -383,13 +392,12 @@ class SparseNestedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_loss, _):
         G, crow, latent, values, by_block, W_dec = ctx.saved_tensors
-        G, shape = G.mul_(d_loss), (len(W_dec), G.shape[0] * G.shape[1])
-        rows = G.view(shape[1], -1)
-        sampled = torch.sparse.sampled_addmm(
-            _sparse(torch.sparse_csr_tensor, crow, latent, torch.zeros_like(values), shape[::-1]), rows, W_dec.T)
-        d_values = torch.empty_like(values).index_copy_(0, by_block, sampled.values())
-        dW_dec = _sparse(torch.sparse_csc_tensor, crow, latent, values, shape) @ rows
-        return None, d_values, None, dW_dec, G[0].sum(dim=0), None, None, None
+        rows, F = G.flatten(0, 1), len(W_dec)
+        pattern = _sparse(torch.sparse_csr_tensor, crow, latent, torch.zeros_like(values), (len(rows), F))
+        sampled = torch.sparse.sampled_addmm(pattern, rows, W_dec.T).values()
+        d_values = torch.empty_like(values).index_copy_(0, by_block, sampled)
+        dW_dec = _sparse(torch.sparse_csc_tensor, crow, latent, values, (F, len(rows))) @ rows
+        return None, d_values * d_loss, None, dW_dec.mul_(d_loss), G[0].sum(dim=0) * d_loss, None, None, None
 
 
 def aux_loss(sae, x, residual, dead):
@@ -420,7 +428,7 @@ class Trainer:
     def __init__(self, cfg, d_model, device="cpu", mean=None, scale=1.0):
         self.cfg, self.scale, self.device = cfg, float(scale), torch.device(device)
         self.generator = torch.Generator().manual_seed(cfg.seed)
-        self.sae = MatryoshkaSAE(d_model, cfg.n_latents, cfg.levels(), self.generator).to(self.device)
+        self.sae = MatryoshkaSAE(d_model, cfg.latents_at(0), None, self.generator).to(self.device)
         if mean is not None:
             self.sae.b_dec.data.copy_(mean / self.scale)
         fused = self.device.type in ("cpu", "cuda")
@@ -428,8 +436,8 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=cfg.dtype == "float16")
         self.sparse = self.device.type == "cpu" and cfg.dtype == "float32" and torch.backends.mkl.is_available()
         self.steps_done = 0
-        self.rows_silent = torch.zeros(cfg.n_latents, dtype=torch.long, device=self.device)  # since each latent fired
-        self.energy = torch.zeros(cfg.n_latents, device=self.device)                         # running mean of acts^2
+        self.rows_silent = torch.zeros_like(self.sae.b_enc.data, dtype=torch.long)  # since each latent fired
+        self.energy = torch.zeros_like(self.sae.b_enc.data)                         # running mean of acts^2
 
     def autocast(self):
         """Autocast to the configured dtype; a null context for float32."""
@@ -439,6 +447,8 @@ class Trainer:
 
     def step(self, x):
         """Take one optimizer step on raw rows ``x`` (B, D); return the loss, a scalar on the device."""
+        if (n := self.cfg.latents_at(self.steps_done)) < len(self.energy):
+            self.prune(n)
         x = x.to(self.device, torch.float32) / self.scale
         values, index, loss, recon = self.sparse_forward(x) if self.sparse else self.dense_forward(x)
         dead = (self.rows_silent >= self.cfg.dead_after).nonzero().squeeze(1)
@@ -454,8 +464,8 @@ class Trainer:
         order = self.prefix_order()
         position = None if order is None else torch.empty_like(order).index_copy_(0, order, torch.arange(len(order)))
         values, index = SparseEncode.apply(x, sae.W_enc, sae.b_enc, sae.b_dec, n, floor)
-        weights = self.cfg.weights_at(self.steps_done)
-        return values, index, *SparseNestedLoss.apply(x, values, index, sae.W_dec, sae.b_dec, self.prefixes(), weights, position)
+        loss_and_recon = SparseNestedLoss.apply(x, values, index, sae.W_dec, sae.b_dec, self.prefixes(), self.cfg.weights(), position)
+        return values, index, *loss_and_recon
 
     def dense_forward(self, x):
         sae, order = self.sae, self.prefix_order()
@@ -464,21 +474,36 @@ class Trainer:
             index = batch_topk(pre, *self.selection(x))
             acts = pre * torch.zeros_like(pre).view(-1).index_fill_(0, index, 1.0).view_as(pre)
             acts_in_order, W_dec = (acts, sae.W_dec) if order is None else (acts[:, order], sae.W_dec[order])
-            weights = self.cfg.weights_at(self.steps_done)
-            loss, recon = nested_loss(x, acts_in_order, W_dec, sae.b_dec, self.prefixes(), weights)
+            loss, recon = nested_loss(x, acts_in_order, W_dec, sae.b_dec, self.prefixes(), self.cfg.weights())
         return acts.view(-1)[index], index, loss, recon
 
     def prefixes(self):
-        """This step's prefix lengths: the fixed ones, or a fresh Pareto draw."""
-        cfg = self.cfg
-        if cfg.n_prefixes is None:
-            return self.sae.prefixes
-        return sample_prefixes(cfg.n_latents, cfg.n_prefixes, cfg.pareto_power, self.generator)
+        """This step's prefix lengths: the fixed ones, or a fresh Pareto draw. The last takes in the spare latents."""
+        cfg, levels = self.cfg, self.cfg.levels()
+        if cfg.n_prefixes is not None:
+            levels = sample_prefixes(cfg.n_latents, cfg.n_prefixes, cfg.pareto_power, self.generator)
+        return (*levels[:-1], len(self.energy))
 
     def selection(self, x):
         """(number of entries to keep at this step's k, floor under which the search need not look)."""
-        k = self.cfg.anneal(self.cfg.k_start, self.cfg.k, self.steps_done)
-        return round(k * len(x)), 0.5 * float(self.sae.threshold)
+        return round(self.cfg.k_at(self.steps_done) * len(x)), 0.5 * float(self.sae.threshold)
+
+    @torch.no_grad()
+    def prune(self, n):
+        """Keep the ``n`` most energetic latents, with their optimizer state.
+
+        With exactly as many latents as features, one may settle on a job of little worth while a feature stays without,
+        as in k-means. Starting with too many and dropping the least energetic ones leaves each feature its own.
+        """
+        keep, sae = self.energy.topk(n).indices.sort().values, self.sae
+        self.rows_silent, self.energy = self.rows_silent[keep], self.energy[keep]
+        self.optimizer.zero_grad()
+        for parameter in (sae.W_enc, sae.b_enc, sae.W_dec):
+            state = self.optimizer.state[parameter]
+            def kept(t):
+                return t.T[keep].T if parameter is sae.W_enc else t[keep]
+            parameter.data = kept(parameter.data)
+            state.update({name: kept(state[name]) for name in ("exp_avg", "exp_avg_sq") if name in state})
 
     def prefix_order(self):
         """Index map from prefix position to latent (F,), or None when prefixes run over the latents as stored."""
@@ -502,7 +527,7 @@ class Trainer:
     @torch.no_grad()
     def track(self, values, index, rows):
         """Update what is learned without gradients, from the batch's active entries: threshold, silent rows, energy."""
-        first, latent = self.steps_done == 0, index % self.cfg.n_latents
+        first, latent = self.steps_done == 0, index % len(self.energy)
         smallest = values.min().float() if len(values) else torch.zeros_like(self.sae.threshold)
         self.sae.threshold.lerp_(smallest, 1.0 if first else 0.01)
         self.rows_silent.add_(rows).index_fill_(0, latent, 0)
@@ -535,7 +560,7 @@ class Trainer:
     @torch.no_grad()
     def export(self):
         """A copy for raw activations: scale folded into ``b_enc``, ``b_dec``, ``threshold``, latents laid out in prefix order."""
-        sae = MatryoshkaSAE(len(self.sae.b_dec), self.cfg.n_latents, self.sae.prefixes).to(self.device)
+        sae = MatryoshkaSAE(len(self.sae.b_dec), len(self.energy), (*self.cfg.levels()[:-1], len(self.energy))).to(self.device)
         order = slice(None) if self.cfg.order == "stored" else self.prefix_order()
         sae.W_enc.copy_(self.sae.W_enc[:, order])
         sae.b_enc.copy_(self.sae.b_enc[order] * self.scale)
@@ -559,15 +584,16 @@ def train(acts, cfg, *, device="cpu", out=None, on_log=None, log_every=50):
     device = check_device(device)
     data, aside = (acts if hasattr(acts, "batches") else Rows(acts)).split_off(0.05, cfg.seed)
     sample = data.sample(CALIBRATION_ROWS, cfg.seed)
-    scale = float(sample.double().pow(2).sum(dim=1).mean().sqrt())
-    _require(scale > 0, "the rows must not all be zero: mean squared norm", scale)
-    trainer = Trainer(cfg, data.d_model, device, sample.double().mean(dim=0).float(), scale)
+    scale = float(torch.linalg.vector_norm(sample, dtype=torch.float64)) / len(sample) ** 0.5
+    _require(scale > 0, "the rows must not all be zero: root mean squared norm", scale)
+    trainer = Trainer(cfg, data.d_model, device, sample.mean(dim=0, dtype=torch.float64), scale)
     folder = new_folder(out) if out is not None else None
     with open(folder / "metrics.jsonl", "a") if folder else contextlib.nullcontext() as metrics:
         for x in itertools.islice(data.batches(cfg.batch_size, cfg.seed), cfg.steps):
             loss = trainer.step(x)
             if trainer.steps_done % log_every == 0 or trainer.steps_done == cfg.steps:
                 figures = {"step": trainer.steps_done, "loss": float(loss), **trainer.measure(x)}
+                _require(math.isfinite(figures["loss"]), f"training diverged by step {trainer.steps_done}, try a lower lr: loss", loss)
                 if metrics:
                     print(json.dumps(figures), file=metrics, flush=True)
                 if on_log:
@@ -643,10 +669,10 @@ class FeatureTree:
     """
 
     def __init__(self, spec, d_model=None, norm_std=0.05, seed=0):
-        self.nodes = []  # [parent, random column, low, high, feature or None, binary]: on where low <= column < high
-        self.n_columns = 0
-        self._add(spec, "tree", None, None, 0.0)
-        self.parent_of = self._visible_parents()
+        self.nodes = []      # (parent node, random column, low, high, read out, binary): on where low <= column < high
+        self.n_columns = 0   # random columns: one a node, one for all children that exclude each other
+        self.parent_of = []  # for each feature the feature above it, or None
+        self._add(spec, "tree")
         n = len(self.parent_of)
         _require(n >= 1, "tree must have at least one node that is read out; number of them", n)
         self.d_model = n if d_model is None else d_model
@@ -655,7 +681,7 @@ class FeatureTree:
         basis = torch.linalg.qr(torch.randn(self.d_model, self.d_model, generator=generator)).Q
         self.directions = basis[:n] * (1 + norm_std * torch.randn(n, 1, generator=generator))
 
-    def _add(self, spec, path, parent, column, low):
+    def _add(self, spec, path, parent=None, feature=None, column=None, low=0.0):
         known = {"active_prob", "id", "is_read_out", "is_binary", "mutually_exclusive_children", "children"}
         _require(isinstance(spec, dict), f"{path} must be an object", repr(spec))
         unknown = sorted(set(spec) - known)
@@ -673,24 +699,16 @@ class FeatureTree:
             column, self.n_columns = self.n_columns, self.n_columns + 1
         index = len(self.nodes)
         self.nodes.append((parent, column, low, low + p, flags["is_read_out"], flags["is_binary"]))
+        if flags["is_read_out"]:
+            self.parent_of.append(feature)
+            feature = len(self.parent_of) - 1
         shared, low = None, 0.0
         if flags["mutually_exclusive_children"]:
             shared, self.n_columns = self.n_columns, self.n_columns + 1
         for i, child in enumerate(children):
-            self._add(child, f"{path}.children[{i}]", index, shared, low)
+            self._add(child, f"{path}.children[{i}]", index, feature, shared, low)
             low += child["active_prob"] if shared is not None else 0.0
         _require(low <= 1 + 1e-9, f"{path}.children exclude each other, so their active_prob must sum to at most 1", round(low, 9))
-
-    def _visible_parents(self):
-        feature = {}
-        parents = []
-        for i, (parent, *_, read_out, _) in enumerate(self.nodes):
-            while parent is not None and parent not in feature:
-                parent = self.nodes[parent][0]
-            if read_out:
-                feature[i] = len(parents)
-                parents.append(None if parent is None else feature[parent])
-        return parents
 
     @property
     def pairs(self):
@@ -777,7 +795,7 @@ def toy_experiment(settings, seed=0, on_log=None):
         _require(isinstance(settings.get(name), dict), f"{name} must be an object", repr(settings.get(name)))
     tree = FeatureTree(settings["tree"], settings.get("d_model"), settings.get("norm_std", 0.05), seed)
     cfg = TrainConfig.from_dict({"n_latents": len(tree.parent_of), **settings["train"], "seed": seed})
-    one_prefix = {"prefixes": (cfg.n_latents,), "n_prefixes": None, "level_weights": None, "level_weights_start": None}
+    one_prefix = {"prefixes": (cfg.n_latents,), "n_prefixes": None, "level_weights": None}
     configs = {"matryoshka": cfg, "vanilla": dataclasses.replace(cfg, **one_prefix)}
     saes = {name: train(tree, c, on_log=on_log and on_log(name, c)) for name, c in configs.items()}
     return tree, saes, {name: toy_figures(sae, tree, seed + 1_000_003) for name, sae in saes.items()}
@@ -797,11 +815,10 @@ class Rows:
     use. ``ValueError`` for anything else, and for the first row read that is not finite; ``OSError`` if unreadable.
     """
 
-    def __init__(self, source, keep=None):
-        self.name = str(source) if isinstance(source, (str, os.PathLike)) else "the array"
-        array = source
+    def __init__(self, source, keep=None, name="the array"):
+        array, self.name = source, name
         if isinstance(source, (str, os.PathLike)):
-            array = _open_npy(source)
+            array, self.name = _open_npy(source), str(source)
         elif isinstance(source, torch.Tensor):
             array = source.detach().cpu().numpy()
         _require(array.dtype.kind == "f" and array.dtype.itemsize in (2, 4, 8),
@@ -814,11 +831,6 @@ class Rows:
         self.keep = keep
         self.d_model = self.array.shape[1]
 
-    def _kept(self, mask):
-        rows = Rows(self.array, mask)
-        rows.name = self.name
-        return rows
-
     def __len__(self):
         return len(self.array) if self.keep is None else int(self.keep.sum())
 
@@ -830,16 +842,16 @@ class Rows:
         usable = np.arange(len(self.array)) if self.keep is None else self.keep.nonzero()[0]
         mask[np.random.default_rng(seed).choice(usable, n, replace=False, shuffle=False)] = True
         everything = np.ones_like(mask) if self.keep is None else self.keep
-        return self._kept(everything & ~mask), self._kept(mask)
+        return Rows(self.array, everything & ~mask, self.name), Rows(self.array, mask, self.name)
 
     def _read(self, index):
         if self.keep is not None:
             index = index[self.keep[index]]
         with np.errstate(over="ignore"):
             rows = self.array[index].astype(np.float32)
-        bad = ~np.isfinite(rows).all(axis=1)
-        if bad.any():
-            raise ValueError(f"{self.name} has a NaN or infinite value in row {index[bad.argmax()]}")
+        if not np.isfinite(rows).all():
+            bad = (i for i in range(len(self.array)) if not np.isfinite(self.array[i].astype(np.float32)).all())
+            raise ValueError(f"{self.name} has a NaN or infinite value, first in row {next(bad)}")
         return rows
 
     def chunks(self, size):

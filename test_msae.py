@@ -1,0 +1,594 @@
+"""Claims about msae, each against a naive oracle or a literal number. Needs no GPU and no network."""
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+import cli
+import msae
+
+HERE = Path(__file__).parent
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+def rows(n=512, d=16, seed=0, scale=3.0, mean=5.0):
+    """Correlated rows with a common mean, as float32 numpy."""
+    g = np.random.default_rng(seed)
+    return (g.laplace(size=(n, d)) @ g.normal(size=(d, d)) * scale / d**0.5 + mean).astype(np.float32)
+
+
+def config(**changes):
+    return msae.TrainConfig(**{**dict(n_latents=32, k=4.5, prefixes=(4, 12, 32), batch_size=64, steps=20), **changes})
+
+
+# ------------------------------------------------------------------------------------------------------------- the loss
+
+
+def naive_loss(x, acts, W_dec, b_dec, prefixes, weights):
+    """The formula, one row, one prefix and one latent at a time."""
+    loss = 0.0
+    for p, w in zip(prefixes, weights):
+        for b in range(len(x)):
+            recon = b_dec
+            for j in range(p):
+                recon = recon + acts[b, j] * W_dec[j]
+            loss = loss + w / len(x) * ((x[b] - recon) ** 2).sum()
+    return loss
+
+
+def test_loss_by_hand():
+    # prefix 1 reconstructs (3, 0), error 16; prefix 2 reconstructs (3, 2), error 4
+    x, acts, W_dec, b_dec = torch.tensor([[3.0, 4.0]]), torch.tensor([[3.0, 2.0]]), torch.eye(2), torch.zeros(2)
+    assert msae.nested_loss(x, acts, W_dec, b_dec, (1, 2))[0] == 10.0
+    assert msae.nested_loss(x, acts, W_dec, b_dec, (1, 2), [0.25, 0.75])[0] == 7.0
+    assert msae.nested_loss(x, acts, W_dec, b_dec, (2,))[0] == 4.0
+
+
+@pytest.mark.parametrize("prefixes, weights", [((3, 5, 9), (0.5, 0.2, 0.3)), ((9,), (1.0,)), (tuple(range(1, 10)), (1 / 9,) * 9)])
+def test_loss_and_gradients_equal_the_naive_loop(prefixes, weights):
+    g = torch.Generator().manual_seed(0)
+    x, acts = torch.randn(4, 6, generator=g), torch.rand(4, 9, generator=g) * (torch.rand(4, 9, generator=g) < 0.4)
+    acts[1] = 0  # a row without an active latent
+    leaves = [t.double().requires_grad_() for t in (acts, torch.randn(9, 6, generator=g), torch.randn(6, generator=g))]
+    ours, naive = msae.nested_loss(x.double(), *leaves, prefixes, weights)[0], naive_loss(x.double(), *leaves, prefixes, weights)
+    torch.testing.assert_close(ours, naive)
+    for a, b in zip(torch.autograd.grad(ours, leaves), torch.autograd.grad(naive, leaves)):
+        torch.testing.assert_close(a, b)
+
+
+STEPS = {
+    "fixed prefixes": {},
+    "one prefix": dict(prefixes=(32,)),
+    "level weights": dict(level_weights=(3, 2, 1)),
+    "Pareto prefixes": dict(prefixes=None, n_prefixes=5),
+    "energy order": dict(order="energy"),
+    "Pareto prefixes in energy order": dict(prefixes=None, n_prefixes=5, order="energy"),
+    "dead latents": dict(dead_after=64),
+    "more entries than are positive": dict(k=31),
+    "spare latents": dict(n_latents_start=40, steps=5, prune_window=(0.0, 0.5)),
+    "most rows without a survivor": dict(k=0.1),
+    "one row": dict(batch_size=1),
+}
+
+
+@pytest.mark.parametrize("changes", STEPS.values(), ids=STEPS.keys())
+def test_sparse_step_equals_the_dense_step(changes):
+    cfg = config(**changes)
+    x = torch.from_numpy(rows(cfg.batch_size * 5, mean=0.3)).split(cfg.batch_size)
+    sparse, dense = msae.Trainer(cfg, 16, scale=4.0), msae.Trainer(cfg, 16, scale=4.0)
+    sparse.sparse, dense.sparse = True, False
+    for batch in x:
+        torch.testing.assert_close(sparse.step(batch), dense.step(batch), rtol=1e-5, atol=0)
+        for a, b in zip(sparse.sae.parameters(), dense.sae.parameters()):
+            assert (a.grad - b.grad).norm() <= 1e-5 * b.grad.norm()
+            b.data.copy_(a.data)
+        assert torch.equal(sparse.rows_silent, dense.rows_silent)
+        torch.testing.assert_close(sparse.energy, dense.energy)
+
+
+def test_one_prefix_is_the_plain_batch_topk_sae():
+    cfg, x = config(prefixes=(32,)), torch.from_numpy(rows(64, mean=0.0))
+    trainer = msae.Trainer(cfg, 16)
+    sae = trainer.sae
+    pre = torch.relu((x - sae.b_dec) @ sae.W_enc + sae.b_enc)
+    acts = pre * (pre >= pre.flatten().sort(descending=True).values[round(4.5 * 64) - 1])
+    expected = (x - (acts @ sae.W_dec + sae.b_dec)).pow(2).sum(dim=1).mean()
+    torch.testing.assert_close(trainer.step(x), expected.detach())
+
+
+def test_a_latent_silenced_by_the_relu_gets_a_gradient_from_the_aux_loss():
+    sae, x = msae.MatryoshkaSAE(8, 4), torch.randn(32, 8)
+    sae.b_enc.data[2] = -100.0
+    assert not (sae.pre_acts(x)[:, 2] > 0).any()
+    msae.aux_loss(sae, x, x, torch.tensor([2])).backward()
+    assert sae.W_enc.grad[:, 2].norm() > 0 and sae.b_enc.grad[2] != 0
+    assert sae.W_enc.grad[:, [0, 1, 3]].norm() == 0 and sae.b_dec.grad is None
+
+
+def test_aux_loss_equals_its_formula():
+    g = torch.Generator().manual_seed(1)
+    sae, x, residual = msae.MatryoshkaSAE(4, 6, generator=g), torch.randn(5, 4, generator=g), torch.randn(5, 4, generator=g)
+    dead, total = [1, 3, 4], 0.0
+    for e, row in zip(residual, x):  # the two (D / 2) largest of three dead latents
+        pre = {j: ((row - sae.b_dec) @ sae.W_enc[:, j] + sae.b_enc[j]).item() for j in dead}
+        top = sorted(pre, key=pre.get)[-2:]
+        total += (e - sum(pre[j] * sae.W_dec[j] for j in top)).pow(2).sum().item()
+    expected = total / float((residual - residual.mean(dim=0)).pow(2).sum())
+    assert float(msae.aux_loss(sae, x, residual, torch.tensor(dead))) == pytest.approx(expected, rel=1e-5)
+
+
+# --------------------------------------------------------------------------------------------------- selection, prefixes
+
+
+@pytest.mark.parametrize("floor", [0.0, 0.3, 100.0])
+@pytest.mark.parametrize("values", ["distinct", "ties", "few positive", "none positive"])
+def test_batch_topk_keeps_exactly_n_and_the_first_of_equals(values, floor):
+    pre = torch.randn(7, 11, generator=torch.Generator().manual_seed(0))
+    pre = {"distinct": pre, "ties": pre.mul(2).round().div(2), "few positive": pre - 1.5, "none positive": -pre.abs()}[values]
+    flat = pre.flatten().tolist()
+    by_size = sorted((i for i, v in enumerate(flat) if v > 0), key=lambda i: -flat[i])  # stable: first of equals first
+    assert msae.batch_topk(pre, 17, floor).tolist() == sorted(by_size[:17])
+
+
+def test_k_is_an_average_over_the_batch():
+    acts = msae.batch_topk(torch.rand(200, 20) + 0.1, round(1.2338 * 200))
+    assert len(acts) == 247
+
+
+def test_prefixes():
+    assert msae.fixed_prefixes(3072) == (192, 384, 768, 1536, 3072)
+    assert msae.fixed_prefixes(20, (0.1, 0.5, 1)) == (2, 10, 20)
+    assert msae.fixed_prefixes(1) == (1,)
+    assert msae.sample_prefixes(20, 1) == (20,)
+    assert msae.sample_prefixes(6, 6) == (1, 2, 3, 4, 5, 6)
+
+
+def test_small_pareto_power_favours_short_prefixes_and_one_is_uniform():
+    g = torch.Generator().manual_seed(0)
+    drawn = {power: np.array([msae.sample_prefixes(101, 2, power, g) for _ in range(4000)]) for power in (0.1, 0.5, 1.0)}
+    assert all((d[:, 1] == 101).all() and d[:, 0].min() >= 1 and d[:, 0].max() <= 100 for d in drawn.values())
+    assert drawn[0.1][:, 0].mean() < drawn[0.5][:, 0].mean() < drawn[1.0][:, 0].mean()
+    assert drawn[1.0][:, 0].mean() == pytest.approx(50.5, abs=2)
+    assert (drawn[0.5][:, 0] == 1).mean() == pytest.approx(1 / 100**0.5, abs=0.02)  # (1^a - 0^a) / 100^a
+
+
+# --------------------------------------------------------------------------------------------------------------- config
+
+
+def test_schedules():
+    cfg = config(steps=100, lr=1.0, warmup_steps=10, decay_fraction=0.2, k=4, k_start=8, k_anneal_steps=4,
+                 level_weights=(1, 1, 2), n_latents_start=36, prune_window=(0.5, 0.9))
+    assert [cfg.lr_at(s) for s in (0, 9, 50, 80, 90, 99)] == pytest.approx([0.1, 1, 1, 1, 0.5, 0.05])
+    assert [cfg.k_at(s) for s in (0, 2, 4, 99)] == [8, 6, 4, 4]
+    assert [cfg.latents_at(s) for s in (0, 50, 60, 61, 80, 89, 90, 99)] == [36, 36, 35, 35, 33, 33, 32, 32]
+    assert cfg.weights() == [0.25, 0.25, 0.5]
+
+
+BAD_SETTINGS = {
+    "k": [0, -1, 33, 0.001, float("nan"), True, "4", None],
+    "n_latents": [0, -5, 2.5, None],
+    "prefixes": [(), (4, 4, 32), (8, 4, 32), (4, 12), (4, 33), (0, 32), (-1, 32), (0.5, 0.2, 1), (4.5, 32), "4,32"],
+    "n_prefixes": [0, 33], "pareto_power": [0, 1.5], "level_weights": [(1, 2), (1, -1, 1), (0, 0, 0), ("a", 1, 1)],
+    "order": ["sorted"], "batch_size": [0], "steps": [0], "lr": [0, -1e-3, float("inf")], "betas": [(0.9,), (0.9, 1.0)],
+    "decay_fraction": [-0.1, 1.1], "dtype": ["int8"], "seed": [-1], "k_start": [0, 40], "aux_coef": [-1], "dead_after": [0],
+    "clip": [0], "warmup_steps": [-1], "k_anneal_steps": [-1],
+    "n_latents_start": [31], "prune_window": [(0.5, 0.5), (0.2,), (0.5, 1.2)],
+}
+
+
+@pytest.mark.parametrize("name, value", [(name, value) for name, values in BAD_SETTINGS.items() for value in values])
+def test_bad_settings_are_refused_by_name_and_value(name, value):
+    changes = {"prefixes": None} if name == "n_prefixes" else {}
+    with pytest.raises(ValueError, match=name) as error:
+        config(**{**changes, name: value})
+    assert "\n" not in str(error.value)
+
+
+def test_unknown_settings_are_refused_by_name():
+    with pytest.raises(ValueError, match="'latents'"):
+        msae.TrainConfig.from_dict({"latents": 32})
+
+
+# ------------------------------------------------------------------------------------------------------------- training
+
+
+def test_training_learns_keeps_unit_rows_and_hits_k(tmp_path):
+    train, held_out = msae.Rows(rows(40_000)).split_off(0.2, 0)
+    sae = msae.train(train, config(steps=400, lr=0.01), out=tmp_path / "run")
+    figures = msae.evaluate(sae, held_out)
+    assert figures["fvu"] < 0.35 and figures["l0"] == pytest.approx(4.5, rel=0.02) and figures["dead"] < 0.1
+    assert [p["fvu"] for p in figures["prefixes"]] == sorted((p["fvu"] for p in figures["prefixes"]), reverse=True)
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(32))
+    assert sae.threshold >= 0
+    logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in logged] == list(range(50, 401, 50))
+
+
+def test_same_seed_same_weights_other_seed_other_weights():
+    saes = [msae.train(rows(1000), config(seed=seed, prefixes=None, n_prefixes=4)) for seed in (0, 0, 1)]
+    assert all(torch.equal(a, b) for a, b in zip(saes[0].state_dict().values(), saes[1].state_dict().values()))
+    assert not torch.equal(saes[0].W_dec, saes[2].W_dec)
+
+
+@pytest.mark.parametrize("order", ["stored", "energy"])
+def test_spare_latents_are_pruned_to_the_most_energetic(order):
+    x = torch.from_numpy(rows(64 * 12))
+    trainer = msae.Trainer(config(n_latents_start=48, order=order, steps=12, prune_window=(0.5, 0.8)), 16)
+    sizes = []
+    for batch in x.split(64):
+        before, energy = trainer.sae.W_dec.detach().clone(), trainer.energy.clone()
+        trainer.step(batch)
+        sizes.append(len(trainer.energy))
+        if len(energy) > sizes[-1]:
+            trainer.cfg = dataclasses.replace(trainer.cfg, lr=1e-12)  # from here on the weights stand still
+        elif trainer.cfg.lr == 1e-12:
+            torch.testing.assert_close(before, trainer.sae.W_dec.detach())
+    assert sizes[:7] == [48] * 7 and sizes == sorted(sizes, reverse=True) and sizes[-1] == 32
+    assert trainer.export().prefixes == (4, 12, 32)
+    with torch.no_grad():
+        trainer.energy.copy_(torch.arange(32.0))
+        best = trainer.sae.W_enc[:, 20:].clone()
+    trainer.prune(12)
+    assert torch.equal(trainer.sae.W_enc, best) and trainer.energy.tolist() == list(range(20, 32))
+
+
+@pytest.mark.parametrize("order", ["stored", "energy"])
+def test_export_folds_the_scale_and_lays_latents_out_in_prefix_order(order):
+    data = torch.from_numpy(rows(640))
+    trainer = msae.Trainer(config(order=order), 16, mean=data.mean(dim=0), scale=7.0)
+    for x in data.split(64):
+        trainer.step(x)
+    sae, where = trainer.export(), torch.arange(32) if order == "stored" else trainer.prefix_order()
+    torch.testing.assert_close(sae.encode(data), 7.0 * trainer.sae.encode(data / 7.0)[:, where], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(sae(data), 7.0 * trainer.sae(data / 7.0), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(32))
+    assert order == "stored" or (trainer.energy[where].diff() <= 0).all()
+
+
+def test_calibration_keeps_exactly_k_per_row():
+    data = torch.from_numpy(rows(640))
+    trainer = msae.Trainer(config(), 16, mean=data.mean(dim=0), scale=7.0)
+    for floor in (0.0, 1e9):  # the search starts above half the running threshold and falls back
+        trainer.sae.threshold.fill_(floor)
+        trainer.calibrate(data)
+        assert float((trainer.sae.encode(data / 7.0) > 0).sum()) == 4.5 * 640
+    trainer.cfg = dataclasses.replace(trainer.cfg, k=32)
+    trainer.calibrate(data)
+    assert trainer.sae.threshold == 0
+
+
+def test_b_dec_starts_at_the_mean_and_the_encoder_as_the_decoder():
+    data = torch.from_numpy(rows(640))
+    trainer = msae.Trainer(config(), 16, mean=data.mean(dim=0), scale=2.0)
+    torch.testing.assert_close(trainer.sae.b_dec.data, data.mean(dim=0) / 2)
+    assert torch.equal(trainer.sae.W_enc, trainer.sae.W_dec.T)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_autocast_trains_with_float32_weights(dtype):
+    sae = msae.train(rows(40_000), config(dtype=dtype, steps=200))
+    assert {p.dtype for p in sae.state_dict().values()} == {torch.float32}
+    assert msae.evaluate(sae, rows(40_000))["l0"] == pytest.approx(4.5, rel=0.02)
+
+
+@needs_cuda
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_training_on_cuda(dtype):
+    sae = msae.train(rows(40_000), config(dtype=dtype, steps=200), device="cuda")
+    assert msae.evaluate(sae, rows(40_000))["l0"] == pytest.approx(4.5, rel=0.02)
+
+
+# ------------------------------------------------------------------------------------------------------- SAE, evaluation
+
+
+def test_encode_of_a_prefix_is_the_start_of_the_codes():
+    sae, x = msae.MatryoshkaSAE(16, 32), torch.from_numpy(rows(10)).view(2, 5, 16)
+    sae.threshold.fill_(0.5)
+    codes = sae.encode(x)
+    assert codes.shape == (2, 5, 32) and not ((codes > 0) & (codes <= 0.5)).any()
+    torch.testing.assert_close(sae.encode(x, prefix=8), codes[..., :8])
+    torch.testing.assert_close(sae.decode(codes[..., :8]), codes[..., :8] @ sae.W_dec[:8] + sae.b_dec)
+    for bad in (lambda: sae.encode(x, prefix=0), lambda: sae.encode(x, prefix=33), lambda: sae.encode(x[..., :15])):
+        with pytest.raises(ValueError):
+            bad()
+
+
+def test_evaluate_equals_its_formulas():
+    data, sae = torch.from_numpy(rows(300)), msae.MatryoshkaSAE(16, 32, (4, 32))
+    sae.threshold.fill_(2.0)
+    figures = msae.evaluate(sae, data, batch_size=70)
+    total, acts = (data - data.mean(dim=0)).pow(2).sum(), sae.encode(data)
+    for p, level in zip((4, 32), figures["prefixes"]):
+        assert level["fvu"] == pytest.approx(float((data - sae.decode(acts[:, :p])).pow(2).sum() / total), rel=1e-4)
+        assert level["l0"] == pytest.approx(float((acts[:, :p] > 0).sum(dim=1).float().mean()))
+    assert figures["dead"] == float((acts.amax(dim=0) == 0).float().mean())
+    cosine = sae.W_dec @ sae.W_dec.T - 2 * torch.eye(32)
+    assert figures["max_cosine"] == pytest.approx(float(cosine.max(dim=1).values.mean()), rel=1e-5)
+
+
+def test_predicting_the_mean_has_fvu_one():
+    data, sae = rows(300, mean=1000.0), msae.MatryoshkaSAE(16, 32)
+    sae.b_dec.data.copy_(torch.from_numpy(data.mean(axis=0)))
+    sae.threshold.fill_(1e9)
+    figures = msae.evaluate(sae, data)
+    assert figures["fvu"] == pytest.approx(1, rel=1e-3) and figures["l0"] == 0 and figures["dead"] == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------- files
+
+
+def test_save_and_load_are_inverse(tmp_path):
+    sae = msae.train(rows(1000), config(), out=tmp_path / "run")
+    back = msae.MatryoshkaSAE.load(tmp_path / "run")
+    assert all(torch.equal(a, b) for a, b in zip(sae.state_dict().values(), back.state_dict().values()))
+    assert back.prefixes == (4, 12, 32) and back.metadata == json.loads(json.dumps(sae.metadata)) and back.metadata["k"] == 4.5
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["cfg.json", "metrics.jsonl", "sae_weights.safetensors"]
+
+
+def test_saelens_opens_a_checkpoint(tmp_path):
+    sae_lens = pytest.importorskip("sae_lens")
+    x = torch.from_numpy(rows(1000))
+    sae = msae.train(x, config(), out=tmp_path / "run")
+    theirs = sae_lens.SAE.load_from_disk(tmp_path / "run")
+    torch.testing.assert_close(theirs.encode(x), sae.encode(x).detach(), rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(theirs(x), sae(x), rtol=1e-5, atol=1e-5)
+    assert theirs.cfg.metadata.k == 4.5 and list(theirs.cfg.metadata.prefixes) == [4, 12, 32]
+
+
+def damage(folder, how):
+    weights, cfg = folder / "sae_weights.safetensors", folder / "cfg.json"
+    tensors, settings = msae.load_file(weights), json.loads(cfg.read_text())
+    if how == "no cfg":
+        cfg.unlink()
+    elif how == "no weights":
+        weights.unlink()
+    elif how == "cut weights":
+        weights.write_bytes(weights.read_bytes()[:-10])
+    elif how == "cut cfg":
+        cfg.write_text(cfg.read_text()[:40])
+    elif how == "foreign architecture":
+        cfg.write_text(json.dumps({**settings, "architecture": "gated"}))
+    elif how == "wrong shape":
+        cfg.write_text(json.dumps({**settings, "d_in": 17}))
+    elif how == "missing tensor":
+        weights.write_bytes(msae.save({k: v for k, v in tensors.items() if k != "b_enc"}))
+    elif how == "extra tensor":
+        weights.write_bytes(msae.save({**tensors, "mask": torch.ones(3)}))
+    elif how == "not finite":
+        weights.write_bytes(msae.save({**tensors, "b_enc": tensors["b_enc"] * float("nan")}))
+
+
+@pytest.mark.parametrize("how, names", [("no cfg", "cfg.json"), ("no weights", "sae_weights"), ("cut weights", "damaged"),
+                                        ("cut cfg", "JSON"), ("foreign architecture", "gated"), ("wrong shape", "17"),
+                                        ("missing tensor", "b_enc"), ("extra tensor", "mask"), ("not finite", "b_enc")])
+def test_a_damaged_checkpoint_is_refused_by_name(tmp_path, how, names):
+    msae.MatryoshkaSAE(16, 32).save(tmp_path)
+    damage(tmp_path, how)
+    with pytest.raises((ValueError, OSError), match=names):
+        msae.MatryoshkaSAE.load(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64", ">f4"])
+def test_every_row_is_read_once_an_epoch_in_a_seeded_order(tmp_path, dtype):
+    data = np.arange(900 * 2, dtype=np.float64).reshape(-1, 3, 2).astype(dtype)  # (docs, positions, D)
+    np.save(tmp_path / "a.npy", data)
+    reader = msae.Rows(tmp_path / "a.npy")
+    batches = list(msae.itertools.islice(reader.batches(100, seed=1), 18))
+    epochs = torch.cat(batches).view(2, 900, 2)
+    for epoch in epochs:
+        assert torch.equal(epoch.sort(dim=0).values, torch.from_numpy(data.reshape(-1, 2).astype(np.float32)))
+    assert not torch.equal(epochs[0], epochs[1])
+    assert torch.equal(batches[0], next(reader.batches(100, seed=1))) and not torch.equal(batches[0], next(reader.batches(100, seed=2)))
+    rest, aside = reader.split_off(0.1, seed=0)
+    assert len(rest) == 810 and len(aside) == 90
+    assert set(torch.cat(list(aside.chunks(64)))[:, 0].tolist()).isdisjoint(next(rest.batches(810, 0))[:, 0].tolist())
+
+
+def test_pools_of_blocks_cover_a_file_larger_than_one_pool(monkeypatch):
+    monkeypatch.setattr(msae, "BLOCK", 8)
+    monkeypatch.setattr(msae, "POOL", 4)
+    reader = msae.Rows(np.arange(333.0)[:, None])
+    seen = torch.cat(list(msae.itertools.islice(reader.batches(37, 0), 9)))
+    assert sorted(seen.flatten().tolist()) == list(range(333))
+
+
+# ------------------------------------------------------------------------------------------------------------------ toy
+
+TREE = {"active_prob": 1.0, "is_read_out": False, "children": [
+    {"active_prob": 0.5, "mutually_exclusive_children": True, "children": [
+        {"active_prob": 0.3}, {"active_prob": 0.6, "is_read_out": False, "children": [{"active_prob": 0.5}]}]},
+    {"active_prob": 0.25, "is_binary": False, "id": "loud"}]}
+
+
+def test_tree_samples_have_the_probabilities_of_the_spec():
+    tree = msae.FeatureTree(TREE)
+    z = tree.sample_features(200_000, torch.Generator().manual_seed(0))
+    assert z.shape == (200_000, 4) and tree.pairs == [(0, 1), (0, 2)]
+    assert (z > 0).float().mean(dim=0).tolist() == pytest.approx([0.5, 0.15, 0.15, 0.25], abs=0.005)
+    parent, first, second, loud = z.T
+    assert not ((first > 0) & (second > 0)).any()                           # the hidden node excludes its sibling
+    assert not (((first > 0) | (second > 0)) & (parent == 0)).any()
+    assert set(parent.tolist()) == {0.0, 1.0}
+    assert loud[loud > 0].min() >= 0.5 and loud.max() < 1.5 and float(loud[loud > 0].mean()) == pytest.approx(1, abs=0.01)
+
+
+def test_toy_config_is_the_published_tree():
+    tree = msae.FeatureTree(json.loads((HERE / "toy_config.json").read_text())["tree"], seed=3)
+    z = tree.sample_features(100_000, torch.Generator().manual_seed(0))
+    expected = [0.15, 0.03, 0.03, 0.03] * 3 + [0.05] * 8
+    assert z.mean(dim=0).tolist() == pytest.approx(expected, abs=0.004) and float(z.sum(dim=1).mean()) == pytest.approx(1.12, abs=0.01)
+    gram = tree.directions @ tree.directions.T
+    assert (gram - gram.diag().diag()).abs().max() < 1e-5 and float(tree.directions.norm(dim=1).mean()) == pytest.approx(1, abs=0.05)
+    assert torch.equal(next(tree.batches(200, 5)), next(tree.batches(200, 5)))
+
+
+@pytest.mark.parametrize("path, value, names", [
+    ((), [], "tree must be an object"), (("active_prob",), 1.5, "tree.active_prob"), (("children", 1, "active_prob"), "x", "tree.children[1].active_prob"),
+    (("children", 0, "children", 0, "active_prob"), 0.5, "tree.children[0].children exclude each other"),
+    (("children", 0, "is_binary"), 1, "tree.children[0].is_binary"), (("children",), 3, "tree.children must be a list"),
+    (("children", 0, "prob"), 1, "prob"), (("children",), [], "at least one node")])
+def test_a_bad_tree_is_refused_by_field(path, value, names):
+    tree = json.loads(json.dumps(TREE))
+    place = tree
+    for key in path[:-1]:
+        place = place[key]
+    if path:
+        place[path[-1]] = value
+    with pytest.raises(ValueError, match=re.escape(names)):
+        msae.FeatureTree(tree if path else value)
+
+
+def test_true_dictionary_is_clean_and_absorption_is_seen():
+    tree = msae.FeatureTree(TREE)
+    sae = msae.MatryoshkaSAE(4, 4)
+    unit = tree.directions / tree.directions.norm(dim=1, keepdim=True)
+    sae.W_dec.data.copy_(unit)
+    sae.W_enc.data.copy_(unit.T)
+    sae.threshold.fill_(1e-3)  # above rounding
+    figures = msae.toy_figures(sae, tree, seed=0)
+    assert figures["clean"] == 4 and figures["fvu"] < 1e-6 and [pair["rate"] for pair in figures["absorption"]] == [0, 0]
+    sae.W_enc.data[:, 0] -= 2 * unit[1]  # the parent's latent falls silent where the first child is on
+    assert [pair["rate"] for pair in msae.toy_figures(sae, tree, seed=0)["absorption"]] == [1, 0]
+
+
+def test_two_of_the_toy_seeds_recover_every_feature():
+    settings = json.loads((HERE / "toy_config.json").read_text())
+    for seed in (0, 1):
+        figures = msae.toy_experiment(settings, seed)[2]
+        assert figures["matryoshka"]["clean"] == 20 and figures["matryoshka"]["fvu"] <= 0.021
+        assert 1.05 <= figures["matryoshka"]["l0"] <= 1.24
+        assert figures["vanilla"]["clean"] < 20 and figures["vanilla"]["fvu"] < figures["matryoshka"]["fvu"]
+
+
+# --------------------------------------------------------------------------------------------------------- command line
+
+
+def run(*arguments, code=0):
+    """The command's output, after its exit code was checked; an unexpected error in it is raised."""
+    result = CliRunner().invoke(cli.main, [str(a) for a in arguments], catch_exceptions=False)
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+@pytest.fixture
+def acts(tmp_path):
+    np.save(tmp_path / "acts.npy", rows(3000).astype(np.float16))
+    return tmp_path / "acts.npy"
+
+
+def test_toy_command_writes_figures_and_picture(tmp_path):
+    settings = json.loads((HERE / "toy_config.json").read_text())
+    settings["train"].update(steps=200, k_anneal_steps=100)
+    (tmp_path / "short.json").write_text(json.dumps(settings))
+    output = run("toy", "--config", tmp_path / "short.json", "--seed", 3, "--seeds", 2, "--out", tmp_path / "out")
+    assert "matryoshka" in output and "vanilla" in output and "published" in output
+    report = json.loads((tmp_path / "out" / "toy.json").read_text())["seeds"]
+    assert [r["seed"] for r in report] == [3, 4]
+    assert set(report[0]["matryoshka"]) == {"fvu", "l0", "clean", "features", "mean_cosine", "min_cosine", "absorption"}
+    assert (tmp_path / "out" / "toy.svg").read_text().count("<rect") == 3 * 400 + 1
+    run("toy", "--config", tmp_path / "short.json", "--out", tmp_path / "out")  # its own files are replaced
+    assert json.loads((tmp_path / "out" / "toy.json").read_text())["seed"] == 0
+
+
+def test_train_command_saves_a_checkpoint_that_loads(acts, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"n_latents": 99, "steps": 99, "lr": 0.01, "warmup_steps": 5}))
+    for expected in ("acts-32", "acts-32-2"):
+        output = run("train", "--acts", acts, "--latents", 32, "--k", 4, "--prefixes", "0.25,0.5,1", "--steps", 60,
+                     "--batch-size", 128, "--seed", 1, "--config", "config.json")
+        assert f"runs/{expected}" in output and "FVU" in output
+        sae = msae.MatryoshkaSAE.load(tmp_path / "runs" / expected)
+        assert sae.prefixes == (8, 16, 32) and sae.metadata["training"]["steps"] == 60 and sae.metadata["training"]["lr"] == 0.01
+        assert sae.metadata["training"]["seed"] == 1
+
+
+BAD_COMMANDS = {  # arguments after "train", and what the message must name
+    "no file": (["--acts", "nowhere.npy", "--latents", 32], "nowhere.npy"),
+    "not npy": (["--acts", "text.npy", "--latents", 32], "text.npy"),
+    "cut npy": (["--acts", "cut.npy", "--latents", 32], "cut.npy"),
+    "empty file": (["--acts", "nothing.npy", "--latents", 32], "nothing.npy"),
+    "pickled": (["--acts", "pickled.npy", "--latents", 32], "pickled.npy"),
+    "integers": (["--acts", "integers.npy", "--latents", 32], "int64"),
+    "one dimension": (["--acts", "flat.npy", "--latents", 32], "shape"),
+    "no rows": (["--acts", "empty.npy", "--latents", 32], "shape"),
+    "NaN": (["--acts", "nan.npy", "--latents", 32, "--batch-size", 64], "row 1234"),
+    "infinite": (["--acts", "inf.npy", "--latents", 32, "--batch-size", 64], "row 7"),
+    "all zero": (["--acts", "zero.npy", "--latents", 32, "--batch-size", 64], "zero"),
+    "fewer rows than a batch": (["--acts", "acts.npy", "--latents", 32, "--batch-size", 2900], "batch_size"),
+    "no latents": (["--acts", "acts.npy"], "n_latents"),
+    "latents not a number": (["--acts", "acts.npy", "--latents", "many"], "many"),
+    "prefixes not increasing": (["--acts", "acts.npy", "--latents", 32, "--prefixes", "8,4,32"], "[8, 4, 32]"),
+    "prefixes not ending in F": (["--acts", "acts.npy", "--latents", 32, "--prefixes", "8,16"], "n_latents=32"),
+    "prefixes not numbers": (["--acts", "acts.npy", "--latents", 32, "--prefixes", "8,x"], "8,x"),
+    "k of 0": (["--acts", "acts.npy", "--latents", 32, "--k", 0], "got 0"),
+    "k above F": (["--acts", "acts.npy", "--latents", 32, "--k", 33], "got 33"),
+    "k * B below 1": (["--acts", "acts.npy", "--latents", 32, "--k", 0.001, "--batch-size", 64], "at least one"),
+    "unknown key": (["--acts", "acts.npy", "--latents", 32, "--config", "unknown.json"], "'learning_rate'"),
+    "config not JSON": (["--acts", "acts.npy", "--latents", 32, "--config", "text.npy"], "text.npy"),
+    "config a list": (["--acts", "acts.npy", "--latents", 32, "--config", "list.json"], "list.json"),
+    "unknown device": (["--acts", "acts.npy", "--latents", 32, "--batch-size", 64, "--device", "abacus"], "abacus"),
+    "folder in use": (["--acts", "acts.npy", "--latents", 32, "--batch-size", 64, "--out", "used"], "used"),
+}
+
+
+@pytest.mark.parametrize("arguments, names", BAD_COMMANDS.values(), ids=BAD_COMMANDS.keys())
+def test_a_bad_command_gets_one_line_and_leaves_no_trace(acts, tmp_path, monkeypatch, arguments, names):
+    monkeypatch.chdir(tmp_path)
+    good = rows(3000)
+    for name, array in {"integers": np.ones((9, 9), int), "flat": good.ravel(), "empty": good[:0], "zero": good * 0}.items():
+        np.save(f"{name}.npy", array)
+    for name, row, value in (("nan", 1234, np.nan), ("inf", 7, np.inf)):
+        bad = good.copy()
+        bad[row, 3] = bad[2000, 1] = value
+        np.save(f"{name}.npy", bad)
+    np.save("pickled.npy", np.array([{"a": 1}]), allow_pickle=True)
+    Path("cut.npy").write_bytes(acts.read_bytes()[:-100])
+    Path("text.npy").write_text("activations")
+    Path("nothing.npy").touch()
+    Path("unknown.json").write_text('{"learning_rate": 1}')
+    Path("list.json").write_text("[1]")
+    Path("used").mkdir()
+    Path("used/cfg.json").write_text("precious")
+    before = sorted(Path().rglob("*"))
+    output = run("train", *arguments, code=2 if any(s in names for s in ("many", "8,x")) else 1)
+    errors = [line for line in output.splitlines() if line.startswith("Error:")]
+    assert len(errors) == 1 and names in errors[0] and "Traceback" not in output
+    assert sorted(Path().rglob("*")) == before and Path("used/cfg.json").read_text() == "precious"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA GPU")
+def test_cuda_without_cuda_is_refused(acts, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "'cuda' is not available" in run("train", "--acts", acts, "--latents", 32, "--batch-size", 64, "--device", "cuda", code=1)
+
+
+def test_toy_refuses_a_folder_with_other_files_and_a_bad_config(tmp_path):
+    (tmp_path / "cfg.json").write_text("precious")
+    assert "cfg.json" in run("toy", "--out", tmp_path, code=1)
+    (tmp_path / "bad.json").write_text('{"tree": {"active_prob": 2}, "train": {}}')
+    assert "tree.active_prob" in run("toy", "--config", tmp_path / "bad.json", "--out", tmp_path / "new", code=1)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("command", [[], ["toy"], ["train"]])
+def test_help_shows_an_example(command):
+    output = run(*command, "--help")
+    assert not command or f"python cli.py {command[0]}" in output
+
+
+def test_readme_snippet_runs(tmp_path):
+    snippets = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
+    assert snippets
+    np.save(tmp_path / "acts.npy", rows(5000, 64).astype(np.float16))
+    for snippet in snippets:
+        done = subprocess.run([sys.executable, "-c", snippet], cwd=tmp_path, env={"PYTHONPATH": str(HERE), "PATH": ""},
+                              capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
