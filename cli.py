@@ -199,7 +199,7 @@ def numbers(ctx, param, value):
 @click.option("--pareto", "n_prefixes", type=int, help="Instead, sample this many prefixes at every step.")
 @click.option("--steps", type=int, help="Optimizer steps.  [default: 10000]")
 @click.option("--batch-size", type=int, help="Rows per step.  [default: 2048]")
-@click.option("--lr", type=float, help="Peak learning rate of Adam.  [default: by a rule measured on real activations]")
+@click.option("--lr", type=float, help="Peak learning rate of Adam.  [default: 0.16 / sqrt(F), at most 0.01]")
 @click.option("--seed", type=int, help="Of weights, row order and held-out rows.  [default: 0]")
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default="cuda if there is one, else cpu")
 @click.option("--out", type=click.Path(file_okay=False), help="A new folder.  [default: a new one under runs/]")
@@ -248,7 +248,7 @@ class progress:
     """A live line per training run in a terminal, a plain line every few seconds elsewhere."""
 
     def __enter__(self):
-        self.bar = Progress(TextColumn("{task.description}"), BarColumn(bar_width=20), TextColumn("{task.fields[figures]}"),
+        self.bar = Progress(TextColumn("{task.description}"), BarColumn(bar_width=10), TextColumn("{task.fields[figures]}"),
                             TimeRemainingColumn(), console=console, disable=not console.is_terminal)
         self.bar.start()
         return self
@@ -263,13 +263,13 @@ class progress:
         def show(figures):
             nonlocal shown
             rate = figures["step"] * cfg.batch_size / (time.monotonic() - started)
-            line = f"{rate:,.0f} rows/s  FVU {figures['fvu']:.3f}  L0 {figures['l0']:.1f}  dead {figures['dead']:.1%}"
+            line = f"{figures['step']}/{cfg.steps}  {rate:,.0f} rows/s  FVU {figures['fvu']:.3f}  L0 {figures['l0']:.1f}  dead {figures['dead']:.1%}"
             self.bar.update(task, completed=figures["step"], figures=line)
             last = figures["step"] == cfg.steps
             if not console.is_terminal and (last or time.monotonic() - shown > 10):
                 shown = time.monotonic()
                 left = (cfg.steps - figures["step"]) * cfg.batch_size / rate
-                print(f"{label}  step {figures['step']}/{cfg.steps}  {line}  {left:.0f} s left", flush=True)
+                print(f"{label}  step {line}  {left:.0f} s left", flush=True)
         return show
 
 

@@ -141,8 +141,8 @@ class TrainConfig:
 
 
 def default_lr(n_latents):
-    """Adam's peak learning rate, from a sweep on real activations (see the README)."""
-    return 4e-3
+    """Adam's peak learning rate, ``min(0.01, 0.16 / sqrt(n_latents))``: the best of sweeps on real activations (README)."""
+    return min(0.01, 0.16 / math.sqrt(n_latents))
 
 
 def _require(ok, rule, value):
@@ -587,9 +587,10 @@ def train(acts, cfg, *, device="cpu", out=None, on_log=None, log_every=50):
     scale = float(torch.linalg.vector_norm(sample, dtype=torch.float64)) / len(sample) ** 0.5
     _require(scale > 0, "the rows must not all be zero: root mean squared norm", scale)
     trainer = Trainer(cfg, data.d_model, device, sample.mean(dim=0, dtype=torch.float64), scale)
+    batches = itertools.islice(data.batches(cfg.batch_size, cfg.seed), cfg.steps)
     folder = new_folder(out) if out is not None else None
     with open(folder / "metrics.jsonl", "a") if folder else contextlib.nullcontext() as metrics:
-        for x in itertools.islice(data.batches(cfg.batch_size, cfg.seed), cfg.steps):
+        for x in batches:
             loss = trainer.step(x)
             if trainer.steps_done % log_every == 0 or trainer.steps_done == cfg.steps:
                 figures = {"step": trainer.steps_done, "loss": float(loss), **trainer.measure(x)}
@@ -867,6 +868,9 @@ class Rows:
         Blocks of consecutive rows are permuted, and the rows of a pool of blocks again, so memory is bounded by the pool.
         """
         _require(len(self) >= batch_size, f"batch_size must be at most the number of training rows {len(self)}", batch_size)
+        return self._batches(batch_size, seed)
+
+    def _batches(self, batch_size, seed):
         left = np.empty((0, self.d_model), np.float32)
         for epoch in itertools.count():
             rng = np.random.default_rng([seed, epoch])
