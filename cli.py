@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import time
 from pathlib import Path
 
@@ -61,18 +62,20 @@ def toy(config, seed, seeds, out):
       python cli.py toy
       python cli.py toy --seeds 10 --out runs/ten-seeds
     """
-    settings, folder = msae.read_json(config), own_folder(out, {"toy.json", "toy.svg"})
+    settings, results = msae.read_json(config), []
+    msae.toy_setup(settings, seed)
+    folder = own_folder(out, {"toy.json", "toy.svg"})
     torch.set_num_threads(1)  # 20 x 20 matrices: threads would only wait for each other
-    results = []
     for number in range(seed, seed + seeds):
         started = time.perf_counter()
+        tree, configs = msae.toy_setup(settings, number)
         with progress() as bar:
-            tree, saes, figures = msae.toy_experiment(settings, number, on_log=lambda name, cfg: bar.reporter(f"seed {number} {name}", cfg))
+            saes = {name: msae.train(tree, cfg, on_log=bar.reporter(f"seed {number} {name}", cfg)) for name, cfg in configs.items()}
+        figures = {name: msae.toy_figures(sae, tree, seed=number + 1_000_003) for name, sae in saes.items()}
         results.append({"seed": number, "seconds": round(time.perf_counter() - started, 1), **figures})
         if number == seed:
             maps = heat_maps(tree, saes)
     report = results[0] if seeds == 1 else {"seeds": results}
-    folder.mkdir(parents=True, exist_ok=True)
     msae.write_atomically(folder / "toy.json", (json.dumps(report, indent=2) + "\n").encode())
     msae.write_atomically(folder / "toy.svg", svg(maps).encode())
     console.print(toy_table(results))
@@ -82,22 +85,25 @@ def toy(config, seed, seeds, out):
 
 
 def own_folder(path, names):
-    """The folder ``path``, refused if it holds anything but files of these ``names``, which will be replaced."""
+    """The folder ``path``, created; refused if it holds anything but files of these ``names``, which will be replaced."""
     folder = Path(path)
-    foreign = sorted(item.name for item in folder.iterdir() if item.name not in names) if folder.exists() else ()
+    folder.mkdir(parents=True, exist_ok=True)
+    foreign = sorted(item.name for item in folder.iterdir() if item.name not in names)
     if foreign:
         raise FileExistsError(f"{folder} holds something else ({foreign[0]}): choose another --out")
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"{folder} is not writable: choose another --out")
     return folder
 
 
 def new_table(*columns, **options):
-    return Table(*columns, box=box.SIMPLE_HEAD, title_justify="left", caption_justify="left", padding=(0, 1), **options)
+    gap = 1 if console.width >= 70 else 0
+    return Table(*columns, box=box.SIMPLE_HEAD, title_justify="left", caption_justify="left", padding=(0, gap, 0, 0), **options)
 
 
 def toy_table(results):
     """One row per SAE and seed, the means over several seeds, and the published figures."""
-    table = new_table("", "seed", "FVU", "L0", "clean", "cos", "min cos", "absorbed", title="True features recovered")
-    table.columns[0].no_wrap = True
+    table = new_table("", "seed", "FVU", "L0", "clean", "cos", "min", "absorbed", title="True features recovered")
     for name in ("matryoshka", "vanilla"):
         for r in results:
             table.add_row(name, str(r["seed"]), *toy_cells(r[name]))
@@ -106,7 +112,7 @@ def toy_table(results):
                     for key in ("fvu", "l0", "clean", "features", "mean_cosine", "min_cosine")}
             pairs = [pair for r in results for pair in r[name]["absorption"]]
             table.add_row(name, "mean", *toy_cells({**mean, "absorption": pairs}), style="bold")
-        table.add_row(name, "published", *toy_cells(PUBLISHED[name]), style="dim", end_section=True)
+        table.add_row("  published", "", *toy_cells(PUBLISHED[name]), style="dim", end_section=True)
     return table
 
 
@@ -114,7 +120,7 @@ def toy_cells(figures):
     def cell(key, digits):
         return f"{figures[key]:.{digits}f}" if key in figures else ""
     rates = [pair["rate"] for pair in figures.get("absorption", []) if pair["rate"] is not None]
-    return (cell("fvu", 3), cell("l0", 2), f"{figures['clean']:g}/{figures['features']:g}", cell("mean_cosine", 3),
+    return (cell("fvu", 3), cell("l0", 2), f"{round(figures['clean'], 2):g}/{figures['features']:g}", cell("mean_cosine", 3),
             cell("min_cosine", 3), f"{sum(rates) / len(rates):.2f}" if rates else "")
 
 
@@ -148,7 +154,6 @@ def colour(value):
 
 def terminal_maps(maps):
     """The maps side by side, two cells to a character; shades of grey characters where there is no colour."""
-    grid = Table.grid(padding=(0, 3))
     panels = []
     for values in maps.values():
         text = Text(no_wrap=True)
@@ -160,8 +165,10 @@ def terminal_maps(maps):
                     text.append(" .:*#"[round(4 * min(max((a + b) / 2, 0), 1))])
             text.append("\n")
         panels.append(text)
-    grid.add_row(*maps)
-    grid.add_row(*panels)
+    wide = console.width >= sum(len(values[0]) + 3 for values in maps.values())
+    grid = Table.grid(padding=(0, 3))
+    for row in ([maps, panels] if wide else [(item,) for pair in zip(maps, panels) for item in pair]):
+        grid.add_row(*row)
     return grid
 
 

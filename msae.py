@@ -404,8 +404,8 @@ def aux_loss(sae, x, residual, dead):
     """AuxK: how badly the dead latents reconstruct ``residual`` (B, D), which carries no gradient: (scalar, about 1).
 
     ``mean |residual - a @ W_dec[dead]|^2 / mean |residual - mean|^2``, where ``a`` keeps per row the ``min(D / 2, n_dead)``
-    largest pre-activations of the latents ``dead`` (indices). b_dec takes no part. Gao et al. 2024, section A.2; as there,
-    ``a`` is linear: with the ReLU of ``encode``, a latent that is negative on every row would never get a gradient.
+    largest pre-activations of the latents ``dead`` (indices). b_dec takes no part. Gao et al. 2024, section A.2. Deviation:
+    ``a`` is linear. Behind their ReLU, a latent that is negative on every row would never get a gradient.
     """
     residual = residual.detach().float()
     pre = (x - sae.b_dec.detach()) @ sae.W_enc[:, dead] + sae.b_enc[dead]
@@ -677,7 +677,8 @@ class FeatureTree:
         n = len(self.parent_of)
         _require(n >= 1, "tree must have at least one node that is read out; number of them", n)
         self.d_model = n if d_model is None else d_model
-        _require(self.d_model >= n, f"d_model must be at least the number of features {n}", self.d_model)
+        _require(isinstance(self.d_model, int) and self.d_model >= n, f"d_model must be at least the number of features {n}", self.d_model)
+        _require(isinstance(norm_std, (int, float)) and 0 <= norm_std < 1, "norm_std must lie in [0, 1)", norm_std)
         generator = torch.Generator().manual_seed(seed)
         basis = torch.linalg.qr(torch.randn(self.d_model, self.d_model, generator=generator)).Q
         self.directions = basis[:n] * (1 + norm_std * torch.randn(n, 1, generator=generator))
@@ -784,22 +785,20 @@ def toy_figures(sae, tree, seed, n=20_000):
             "min_cosine": float(cosine.min()), "absorption": absorption}
 
 
-def toy_experiment(settings, seed=0, on_log=None):
-    """Train a Matryoshka and a vanilla SAE (one prefix, all else equal) on the same toy rows: (tree, SAEs, figures), by name.
+def toy_setup(settings, seed=0):
+    """The tree and the configs {"matryoshka", "vanilla"} of a toy experiment; vanilla has one prefix, all else equal.
 
     ``settings``: {"tree": a ``FeatureTree`` spec, "train": ``TrainConfig`` fields, n_latents defaulting to the number of
-    features, "d_model", "norm_std": optional}. ``on_log(name, cfg)`` gives the ``on_log`` of each training.
+    features, and, optional, "d_model" and "norm_std"}.
     """
-    unknown = sorted(set(settings) - {"tree", "train", "d_model", "norm_std"})
-    _require(not unknown, "the toy's settings are tree, train, d_model and norm_std", ", ".join(unknown))
+    for name in settings:
+        _require(name in ("tree", "train", "d_model", "norm_std"), "the toy's settings are tree, train, d_model, norm_std", repr(name))
     for name in ("tree", "train"):
         _require(isinstance(settings.get(name), dict), f"{name} must be an object", repr(settings.get(name)))
     tree = FeatureTree(settings["tree"], settings.get("d_model"), settings.get("norm_std", 0.05), seed)
     cfg = TrainConfig.from_dict({"n_latents": len(tree.parent_of), **settings["train"], "seed": seed})
-    one_prefix = {"prefixes": (cfg.n_latents,), "n_prefixes": None, "level_weights": None}
-    configs = {"matryoshka": cfg, "vanilla": dataclasses.replace(cfg, **one_prefix)}
-    saes = {name: train(tree, c, on_log=on_log and on_log(name, c)) for name, c in configs.items()}
-    return tree, saes, {name: toy_figures(sae, tree, seed + 1_000_003) for name, sae in saes.items()}
+    vanilla = dataclasses.replace(cfg, prefixes=(cfg.n_latents,), n_prefixes=None, level_weights=None)
+    return tree, {"matryoshka": cfg, "vanilla": vanilla}
 
 
 # -------------------------------------------------------------------------------------------------------------- 9. files
