@@ -204,14 +204,16 @@ def numbers(ctx, param, value):
 @click.option("--k", type=float, help="Active latents per row, on average.  [default: 30]")
 @click.option("--prefixes", callback=numbers, help="Lengths as 192,384,...,F or fractions.  [default: F/16, F/8, F/4, F/2, F]")
 @click.option("--pareto", "n_prefixes", type=int, help="Instead, sample this many prefixes at every step.")
+@click.option("--spare", type=click.FloatRange(min=0), default=0.25,
+              help="Start with this share of F more latents and prune the least energetic: lowers FVU by about 1 %.")
 @click.option("--steps", type=int, help="Optimizer steps.  [default: 10000]")
 @click.option("--batch-size", type=int, help="Rows per step.  [default: 2048]")
-@click.option("--lr", type=float, help="Peak learning rate of Adam.  [default: 0.16 / sqrt(F), at most 0.01]")
+@click.option("--lr", type=float, help="Peak learning rate of Adam.  [default: 0.24 / sqrt(F), at most 0.01]")
 @click.option("--seed", type=int, help="Of weights, row order and held-out rows.  [default: 0]")
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default="cuda if there is one, else cpu")
 @click.option("--out", type=click.Path(file_okay=False), help="A new folder.  [default: a new one under runs/]")
 @click.option("--config", type=click.Path(exists=True, dir_okay=False), help="JSON with any TrainConfig fields; options override it.")
-def train(acts, device, out, config, **options):
+def train(acts, device, out, config, spare, **options):
     """Train on activations and save a checkpoint that SAELens opens too.
 
     A tenth of the rows (at most 16,384) is set aside at random for the figures shown at the end.
@@ -224,6 +226,8 @@ def train(acts, device, out, config, **options):
     settings = {**(msae.read_json(config) if config else {}), **{name: v for name, v in options.items() if v is not None}}
     if options["n_prefixes"] is not None and options["prefixes"] is None:
         settings.pop("prefixes", None)
+    if isinstance(settings.get("n_latents"), int):
+        settings.setdefault("n_latents_start", settings["n_latents"] + round(spare * settings["n_latents"]))
     cfg = msae.TrainConfig.from_dict(settings)
     rows, held_out = msae.Rows(acts).split_off(0.1, cfg.seed)
     folder = out or free_folder(f"runs/{Path(acts).stem}-{cfg.n_latents}")
