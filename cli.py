@@ -235,7 +235,7 @@ def train(acts, device, out, config, spare, **options):
         sae = msae.train(rows, cfg, device=device, out=folder, on_log=bar.reporter("train", cfg))
     figures = msae.evaluate(sae, held_out)
     console.print(figures_table(figures))
-    console.print(f"saved {folder}\nload it with  sae = msae.MatryoshkaSAE.load({str(folder)!r})", highlight=False)
+    console.print(f"\nsaved {folder}\nload it with  sae = msae.MatryoshkaSAE.load({str(folder)!r})", highlight=False)
 
 
 def free_folder(path):
@@ -248,7 +248,8 @@ def figures_table(figures):
     table = new_table("latents", "FVU", "L0", title=f"{figures['rows']:,} held-out rows")
     for level in figures["prefixes"]:
         table.add_row(f"{level['latents']:,}", f"{level['fvu']:.4f}", f"{level['l0']:.2f}")
-    table.caption = f"dead {figures['dead']:.2%}, mean max decoder cosine {figures['max_cosine']:.3f}"
+    table.caption = f"{figures['dead']:.2%} of latents never fire on them; mean max decoder cosine {figures['max_cosine']:.3f}"
+    table.min_width = len(table.caption)
     return table
 
 

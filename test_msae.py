@@ -307,7 +307,7 @@ def test_evaluate_equals_its_formulas():
         assert level["l0"] == pytest.approx(float((acts[:, :p] > 0).sum(dim=1).float().mean()))
     assert figures["dead"] == float((acts.amax(dim=0) == 0).float().mean())
     cosine = sae.W_dec @ sae.W_dec.T - 2 * torch.eye(32)
-    assert figures["max_cosine"] == pytest.approx(float(cosine.max(dim=1).values.mean()), rel=1e-5)
+    assert figures["max_cosine"] == pytest.approx(cosine.max(dim=1).values.mean().item(), rel=1e-5)
 
 
 def test_predicting_the_mean_has_fvu_one():
