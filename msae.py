@@ -594,7 +594,7 @@ def train(acts, cfg, *, device="cpu", out=None, on_log=None, log_every=50):
             loss = trainer.step(x)
             if trainer.steps_done % log_every == 0 or trainer.steps_done == cfg.steps:
                 figures = {"step": trainer.steps_done, "loss": float(loss), **trainer.measure(x)}
-                _require(math.isfinite(figures["loss"]), f"training diverged by step {trainer.steps_done}, try a lower lr: loss", loss)
+                _require(math.isfinite(figures["loss"]), f"training diverged by step {trainer.steps_done}, try a lower lr: loss", figures["loss"])
                 if metrics:
                     print(json.dumps(figures), file=metrics, flush=True)
                 if on_log:
