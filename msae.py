@@ -434,6 +434,7 @@ class Trainer:
         eps = 1.5e-5 * cfg.k / cfg.n_latents  # near a rare latent's gradient, which Adam would otherwise blow up to full steps
         self.optimizer = torch.optim.Adam(self.sae.parameters(), lr=0.0, betas=cfg.betas, eps=eps, fused=fused)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=cfg.dtype == "float16")
+        # Sparse against dense step on 2 CPU cores: 134 against 463 ms at F 3072, D 768, B 2048; 2.4 against 3.1 ms on the toy.
         self.sparse = self.device.type == "cpu" and cfg.dtype == "float32" and torch.backends.mkl.is_available()
         self.steps_done = 0
         self.rows_silent = torch.zeros_like(self.sae.b_enc.data, dtype=torch.long)  # since each latent fired
@@ -460,6 +461,7 @@ class Trainer:
         return loss.detach()
 
     def sparse_forward(self, x):
+        """(active values (n,), their positions (n,), loss, reconstruction), with a gradient over the active entries alone."""
         sae, (n, floor) = self.sae, self.selection(x)
         order = self.prefix_order()
         position = None if order is None else torch.empty_like(order).index_copy_(0, order, torch.arange(len(order)))
@@ -468,6 +470,7 @@ class Trainer:
         return values, index, *loss_and_recon
 
     def dense_forward(self, x):
+        """The same by autograd of the literal formula."""
         sae, order = self.sae, self.prefix_order()
         with self.autocast():
             pre = sae.pre_acts(x)
@@ -837,7 +840,7 @@ class Rows:
     def split_off(self, fraction, seed):
         """Set a random ``fraction`` of the rows aside, at least 1 and at most 16,384: (the others, those)."""
         n = min(max(1, round(fraction * len(self))), 16_384)
-        _require(len(self) >= 2, f"{self.name} must have at least 2 rows", len(self))
+        _require(len(self) >= 2, f"{self.name} has too few rows: setting some aside needs at least 2", len(self))
         mask = np.zeros(len(self.array), dtype=bool)
         usable = np.arange(len(self.array)) if self.keep is None else self.keep.nonzero()[0]
         mask[np.random.default_rng(seed).choice(usable, n, replace=False, shuffle=False)] = True
@@ -849,9 +852,9 @@ class Rows:
             index = index[self.keep[index]]
         with np.errstate(over="ignore"):
             rows = self.array[index].astype(np.float32)
-        if not np.isfinite(rows).all():
-            bad = (i for i in range(len(self.array)) if not np.isfinite(self.array[i].astype(np.float32)).all())
-            raise ValueError(f"{self.name} has a NaN or infinite value, first in row {next(bad)}")
+            if not np.isfinite(rows).all():
+                bad = (i for i, row in enumerate(self.array) if not np.isfinite(row.astype(np.float32)).all())
+                raise ValueError(f"{self.name} has a NaN or infinite value (as float32), first in row {next(bad)}")
         return rows
 
     def chunks(self, size):
