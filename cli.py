@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import time
 from pathlib import Path
 
@@ -51,7 +50,7 @@ def main():
 @main.command()
 @click.option("--config", type=click.Path(exists=True, dir_okay=False), default=HERE / "toy_config.json", show_default="toy_config.json",
               help="The feature tree and the training settings.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, help="First seed: of directions, rows and weights.")
+@click.option("--seed", type=click.IntRange(0, 2**62), default=0, help="First seed: of directions, rows and weights.")
 @click.option("--seeds", type=click.IntRange(min=1), default=1, help="Number of seeds, one after the other.")
 @click.option("--out", type=click.Path(file_okay=False), default="runs/toy", help="Folder for toy.json and toy.svg.")
 def toy(config, seed, seeds, out):
@@ -64,7 +63,7 @@ def toy(config, seed, seeds, out):
     """
     settings, results = msae.read_json(config), []
     msae.toy_setup(settings, seed)
-    folder = own_folder(out, {"toy.json", "toy.svg"})
+    folder = msae.output_folder(out, own={"toy.json", "toy.svg"})
     torch.set_num_threads(1)  # 20 x 20 matrices: threads would only wait for each other
     for number in range(seed, seed + seeds):
         started = time.perf_counter()
@@ -82,18 +81,6 @@ def toy(config, seed, seeds, out):
     console.print(absorption_table(results[0]))
     console.print(terminal_maps(maps))
     console.print(f"{sum(r['seconds'] for r in results):.0f} s; wrote {folder / 'toy.json'} and {folder / 'toy.svg'}", highlight=False)
-
-
-def own_folder(path, names):
-    """The folder ``path``, created; refused if it holds anything but files of these ``names``, which will be replaced."""
-    folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    foreign = sorted(item.name for item in folder.iterdir() if item.name not in names)
-    if foreign:
-        raise FileExistsError(f"{folder} holds something else ({foreign[0]}): choose another --out")
-    if not os.access(folder, os.W_OK):
-        raise PermissionError(f"{folder} is not writable: choose another --out")
-    return folder
 
 
 def new_table(*columns, **options):

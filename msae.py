@@ -580,7 +580,8 @@ def train(acts, cfg, *, device="cpu", out=None, on_log=None, log_every=50):
     A twentieth of the rows (at most 16,384) is set aside to calibrate the threshold: on rows trained on over many epochs,
     L0 comes out lower than on new ones.
 
-    ``acts``: path or array as ``Rows`` takes, a ``Rows``, or any object with ``d_model`` and ``batches(batch_size, seed)``.
+    ``acts``: path or array as ``Rows`` takes, or a reader: ``Rows``, ``FeatureTree``, any object with their ``d_model``,
+    ``batches``, ``sample`` and ``split_off``.
     ``out``: a new or empty folder for the checkpoint and ``metrics.jsonl``. ``on_log``: called every ``log_every`` steps
     with {"step", "loss", "fvu", "l0", "dead", "threshold"}. ``ValueError`` for bad rows, ``OSError`` if ``out`` is in use.
     """
@@ -591,7 +592,7 @@ def train(acts, cfg, *, device="cpu", out=None, on_log=None, log_every=50):
     _require(scale > 0, "the rows must not all be zero: root mean squared norm", scale)
     trainer = Trainer(cfg, data.d_model, device, sample.mean(dim=0, dtype=torch.float64), scale)
     batches = itertools.islice(data.batches(cfg.batch_size, cfg.seed), cfg.steps)
-    folder = new_folder(out) if out is not None else None
+    folder = output_folder(out) if out is not None else None
     with open(folder / "metrics.jsonl", "a") if folder else contextlib.nullcontext() as metrics:
         for x in batches:
             loss = trainer.step(x)
@@ -756,12 +757,18 @@ class FeatureTree:
 
 
 @torch.no_grad()
+def true_cosines(sae, tree):
+    """|cosine| of every true direction with every decoder row: (n_features, F)."""
+    return (nn.functional.normalize(tree.directions, dim=1) @ sae.W_dec.T).abs()
+
+
+@torch.no_grad()
 def matched_acts(sae, tree, rows):
     """Codes of ``rows`` by the latents that stand for the true features: (n, D) -> (n, n_features).
 
     Latents are matched to features greedily by |cosine| of the directions, none twice; without a latent left, the code is 0.
     """
-    cosine = (nn.functional.normalize(tree.directions, dim=1) @ sae.W_dec.T).abs()
+    cosine = true_cosines(sae, tree)
     codes, matched = sae.encode(rows), torch.zeros(len(rows), len(cosine))
     for _ in range(min(cosine.shape)):
         feature, latent = divmod(int(cosine.argmax()), cosine.shape[1])
@@ -779,7 +786,7 @@ def toy_figures(sae, tree, seed, n=20_000):
     """
     features = tree.sample_features(n, torch.Generator().manual_seed(seed))
     rows = features @ tree.directions
-    cosine = (nn.functional.normalize(tree.directions, dim=1) @ sae.W_dec.T).abs().max(dim=1).values
+    cosine = true_cosines(sae, tree).max(dim=1).values
     silent = matched_acts(sae, tree, rows) == 0
     absorption = [{"parent": p, "child": c, "rate": float(silent[on, p].float().mean()) if (on := features[:, c] > 0).any() else None}
                   for p, c in tree.pairs]
@@ -908,12 +915,15 @@ def check_device(device):
     return torch.device(device)
 
 
-def new_folder(path):
-    """Create the folder ``path``; ``FileExistsError`` if it holds anything."""
+def output_folder(path, own=()):
+    """Create the folder ``path``; ``OSError`` if it is not writable or holds anything but files named in ``own``."""
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.iterdir()):
-        raise FileExistsError(f"{folder} is not empty: choose another output folder")
+    foreign = sorted(item.name for item in folder.iterdir() if item.name not in own)
+    if foreign:
+        raise FileExistsError(f"{folder} is not empty, it holds {foreign[0]}: choose another output folder")
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"{folder} is not writable: choose another output folder")
     return folder
 
 

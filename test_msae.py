@@ -574,6 +574,7 @@ def test_cuda_without_cuda_is_refused(acts, tmp_path, monkeypatch):
 def test_toy_refuses_a_folder_with_other_files_and_a_bad_config(tmp_path):
     (tmp_path / "cfg.json").write_text("precious")
     assert "cfg.json" in run("toy", "--out", tmp_path, code=1)
+    assert "--seed" in run("toy", "--seed", 10**30, "--out", tmp_path / "new", code=2)
     (tmp_path / "bad.json").write_text('{"tree": {"active_prob": 2}, "train": {}}')
     assert "tree.active_prob" in run("toy", "--config", tmp_path / "bad.json", "--out", tmp_path / "new", code=1)
     assert not (tmp_path / "new").exists()
