@@ -85,7 +85,7 @@ def toy(config, seed, seeds, out):
 
 def new_table(*columns, **options):
     gap = 1 if console.width >= 70 else 0
-    return Table(*columns, box=box.SIMPLE_HEAD, title_justify="left", caption_justify="left", padding=(0, gap, 0, 0), **options)
+    return Table(*columns, box=box.SIMPLE_HEAD, title_justify="left", padding=(0, gap, 0, 0), **options)
 
 
 def toy_table(results):
@@ -222,7 +222,8 @@ def train(acts, device, out, config, spare, **options):
         sae = msae.train(rows, cfg, device=device, out=folder, on_log=bar.reporter("train", cfg))
     figures = msae.evaluate(sae, held_out)
     console.print(figures_table(figures))
-    console.print(f"\nsaved {folder}\nload it with  sae = msae.MatryoshkaSAE.load({str(folder)!r})", highlight=False)
+    console.print(f"{figures['dead']:.2%} of latents never fire on them; mean max decoder cosine {figures['max_cosine']:.3f}\n"
+                  f"\nsaved {folder}\nload it with  sae = msae.MatryoshkaSAE.load({str(folder)!r})", highlight=False)
 
 
 def free_folder(path):
@@ -235,8 +236,6 @@ def figures_table(figures):
     table = new_table("latents", "FVU", "L0", title=f"{figures['rows']:,} held-out rows")
     for level in figures["prefixes"]:
         table.add_row(f"{level['latents']:,}", f"{level['fvu']:.4f}", f"{level['l0']:.2f}")
-    table.caption = f"{figures['dead']:.2%} of latents never fire on them; mean max decoder cosine {figures['max_cosine']:.3f}"
-    table.min_width = len(table.caption)
     return table
 
 
