@@ -75,8 +75,9 @@ def toy(config, seed, seeds, out):
         if number == seed:
             maps = heat_maps(tree, saes)
     report = results[0] if seeds == 1 else {"seeds": results}
-    msae.write_atomically(folder / "toy.json", (json.dumps(report, indent=2) + "\n").encode())
-    msae.write_atomically(folder / "toy.svg", svg(maps).encode())
+    for name, text in {"toy.json": json.dumps(report, indent=2) + "\n", "toy.svg": svg(maps)}.items():
+        with msae.atomic(folder / name) as path:
+            path.write_text(text, encoding="utf-8")
     console.print(toy_table(results))
     console.print(absorption_table(results[0]))
     console.print(terminal_maps(maps))

@@ -16,22 +16,30 @@ noanabeshima/matryoshka-saes. BatchTopK: Bussmann, Leask, Nanda 2024, arXiv 2412
 Not included: L1 and gated SAEs, transcoders, crosscoders, learned thresholds per latent.
 """
 
+import collections
 import contextlib
+import copy
 import dataclasses
 import functools
+import hashlib
 import itertools
 import json
 import math
+import mmap
 import os
+import signal
+import threading
+import time
 import typing
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
-from torch import nn
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import distributed, nn
 
 # ---------------------------------------------------------------------------------------------------------- 1. settings
 
@@ -63,7 +71,8 @@ class TrainConfig:
     aux_coef: float = 1 / 32           # weight of the loss that revives dead latents
     dead_after: int = 200_000          # rows without firing that make a latent dead
     clip: float = 1.0                  # largest norm of the whole gradient
-    dtype: str = "float32"             # of the products, under autocast; weights, threshold and losses stay float32
+    dtype: str | None = None           # of the products: float32, bfloat16, float16 (autocast; weights, threshold and losses stay
+    #                                    float32); None: bfloat16 on CUDA, else float32
     seed: int = 0
 
     def __post_init__(self):
@@ -94,7 +103,7 @@ class TrainConfig:
             ("aux_coef", self.aux_coef >= 0, "not be negative"),
             ("dead_after", self.dead_after >= 1, "be at least 1"),
             ("clip", self.clip > 0, "be positive"),
-            ("dtype", self.dtype in ("float32", "bfloat16", "float16"), "be float32, bfloat16 or float16"),
+            ("dtype", self.dtype in (None, "float32", "bfloat16", "float16"), "be float32, bfloat16 or float16"),
             ("seed", 0 <= self.seed < 2**63, "lie in [0, 2^63)"),
         ):
             _require(ok, f"{name} must {rule}", getattr(self, name))
@@ -110,6 +119,10 @@ class TrainConfig:
             _require(name in known, f"settings must be among {', '.join(known)}", repr(name))
         _require("n_latents" in settings, "n_latents, the number of latents, must be given", "none")
         return cls(**settings)
+
+    def vanilla(self):
+        """The plain BatchTopK twin: one prefix, of all latents; everything else equal."""
+        return dataclasses.replace(self, prefixes=(self.n_latents,), n_prefixes=None, level_weights=None)
 
     def levels(self):
         """The prefix lengths that describe the finished SAE: those of training, or the default ones where they are sampled."""
@@ -273,8 +286,10 @@ class MatryoshkaSAE(nn.Module):
         cfg = {"architecture": "jumprelu", "d_in": len(self.b_dec), "d_sae": len(self.b_enc), "dtype": "float32", "device": "cpu",
                "apply_b_dec_to_input": True, "normalize_activations": "none", "reshape_activations": "none",
                "metadata": {"sae_lens_version": "6.0.0", "prefixes": list(self.prefixes), **self.metadata}}
-        write_atomically(folder / WEIGHTS, save(tensors))
-        write_atomically(folder / CONFIG, json.dumps(cfg, indent=2).encode())
+        with atomic(folder / WEIGHTS) as path:
+            save_file(tensors, path)
+        with atomic(folder / CONFIG) as path:
+            path.write_text(json.dumps(cfg, indent=2))
 
     @classmethod
     def load(cls, folder, device="cpu"):
@@ -426,25 +441,25 @@ class Trainer:
 
     def __init__(self, cfg, d_model, device="cpu", mean=None, scale=1.0):
         self.cfg, self.scale, self.device = cfg, float(scale), torch.device(device)
-        self.generator = torch.Generator().manual_seed(cfg.seed)
-        self.sae = MatryoshkaSAE(d_model, cfg.latents_at(0), None, self.generator).to(self.device)
+        self.dtype = cfg.dtype or ("bfloat16" if self.device.type == "cuda" else "float32")
+        self.sae = MatryoshkaSAE(d_model, cfg.latents_at(0), None, torch.Generator().manual_seed(cfg.seed)).to(self.device)
         if mean is not None:
             self.sae.b_dec.data.copy_(mean / self.scale)
         fused = self.device.type in ("cpu", "cuda")
         eps = 1.5e-5 * cfg.k / cfg.n_latents  # near a rare latent's gradient, which Adam would otherwise blow up to full steps
         self.optimizer = torch.optim.Adam(self.sae.parameters(), lr=0.0, betas=cfg.betas, eps=eps, fused=fused)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=cfg.dtype == "float16")
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == "float16")
         # Sparse against dense step on 2 CPU cores: 134 against 463 ms at F 3072, D 768, B 2048; 2.4 against 3.1 ms on the toy.
-        self.sparse = self.device.type == "cpu" and cfg.dtype == "float32" and torch.backends.mkl.is_available()
+        self.sparse = self.device.type == "cpu" and self.dtype == "float32" and torch.backends.mkl.is_available()
         self.steps_done = 0
         self.rows_silent = torch.zeros_like(self.sae.b_enc.data, dtype=torch.long)  # since each latent fired
         self.energy = torch.zeros_like(self.sae.b_enc.data)                         # running mean of acts^2
 
     def autocast(self):
         """Autocast to the configured dtype; a null context for float32."""
-        if self.cfg.dtype == "float32":
+        if self.dtype == "float32":
             return contextlib.nullcontext()
-        return torch.autocast(self.device.type, getattr(torch, self.cfg.dtype))
+        return torch.autocast(self.device.type, getattr(torch, self.dtype))
 
     def step(self, x):
         """Take one optimizer step on raw rows ``x`` (B, D); return the loss, a scalar on the device."""
@@ -484,7 +499,8 @@ class Trainer:
         """This step's prefix lengths: the fixed ones, or a fresh Pareto draw. The last takes in the spare latents."""
         cfg, levels = self.cfg, self.cfg.levels()
         if cfg.n_prefixes is not None:
-            levels = sample_prefixes(cfg.n_latents, cfg.n_prefixes, cfg.pareto_power, self.generator)
+            seed = np.random.SeedSequence((cfg.seed, self.steps_done)).generate_state(1)[0]  # a resumed run draws the same
+            levels = sample_prefixes(cfg.n_latents, cfg.n_prefixes, cfg.pareto_power, torch.Generator().manual_seed(int(seed)))
         return (*levels[:-1], len(self.energy))
 
     def selection(self, x):
@@ -549,65 +565,158 @@ class Trainer:
                 "threshold": float(self.sae.threshold) * self.scale}
 
     @torch.no_grad()
-    def calibrate(self, x):
-        """Set the threshold so that on raw rows ``x`` (n, D) the mean L0 is k, or all positive entries where they are fewer."""
-        n, floor = round(self.cfg.k * len(x)), 0.5 * float(self.sae.threshold)
-        chunks = [chunk.to(self.device, torch.float32) / self.scale for chunk in x.split(self.cfg.batch_size)]
-        for floor in (floor, 0.0):
-            above = torch.cat([pre[pre > floor] for pre in map(self.sae.pre_acts, chunks)])
-            if len(above) > n:
-                self.sae.threshold.copy_(above.topk(n + 1).values[-1])
-                return
-        self.sae.threshold.zero_()
-
-    @torch.no_grad()
     def export(self):
-        """A copy for raw activations: scale folded into ``b_enc``, ``b_dec``, ``threshold``, latents laid out in prefix order."""
-        sae = MatryoshkaSAE(len(self.sae.b_dec), len(self.energy), (*self.cfg.levels()[:-1], len(self.energy))).to(self.device)
-        order = slice(None) if self.cfg.order == "stored" else self.prefix_order()
-        sae.W_enc.copy_(self.sae.W_enc[:, order])
-        sae.b_enc.copy_(self.sae.b_enc[order] * self.scale)
-        sae.W_dec.copy_(self.sae.W_dec[order])
+        """A copy for raw activations: scale folded into ``b_enc``, ``b_dec``, ``threshold``, latents laid out in prefix order.
+
+        Spare latents that are still in training are left out, so that every checkpoint has the shape of the last one.
+        """
+        keep = self.energy.argsort(descending=True, stable=True)[: self.cfg.n_latents]
+        keep = keep.sort().values if self.cfg.order == "stored" else keep
+        sae = MatryoshkaSAE(len(self.sae.b_dec), self.cfg.n_latents, self.cfg.levels()).to(self.device)
+        sae.W_enc.copy_(self.sae.W_enc[:, keep])
+        sae.b_enc.copy_(self.sae.b_enc[keep] * self.scale)
+        sae.W_dec.copy_(self.sae.W_dec[keep])
         sae.b_dec.copy_(self.sae.b_dec * self.scale)
         sae.threshold.copy_(self.sae.threshold * self.scale)
-        sae.metadata = {"k": self.cfg.k, "training": dataclasses.asdict(self.cfg), "steps_done": self.steps_done}
+        sae.metadata = {"k": self.cfg.k, "training": dataclasses.asdict(self.cfg)}
         return sae
 
+    @torch.no_grad()
+    def start_from(self, sae):
+        """Take over the weights of a saved SAE: the inverse of ``export``, its decoder rows made unit; ``ValueError`` for another shape."""
+        shape, needed = tuple(sae.W_dec.shape), tuple(self.sae.W_dec.shape)
+        _require(shape == needed, f"the SAE to start from must have W_dec (latents, width) {needed}", shape)
+        norm = sae.W_dec.norm(dim=1)
+        self.sae.W_enc.copy_(sae.W_enc * norm)
+        self.sae.b_enc.copy_(sae.b_enc * norm / self.scale)
+        self.sae.W_dec.copy_(sae.W_dec / norm[:, None])
+        self.sae.b_dec.copy_(sae.b_dec / self.scale)
+        self.sae.threshold.copy_(sae.threshold / self.scale)
 
-def train(acts, cfg, *, device="cpu", out=None, on_log=None, log_every=50):
+    def state_dict(self):
+        """All that the next steps depend on beside the config and the rows: a flat dict of tensors."""
+        state = {"threshold": self.sae.threshold, "rows_silent": self.rows_silent, "energy": self.energy,
+                 "steps_done": torch.tensor(self.steps_done), "scale": torch.tensor(self.scale, dtype=torch.float64)}
+        for name, parameter in self.sae.named_parameters():
+            state[name] = parameter.detach()
+            state.update({f"{name}.{key}": value for key, value in self.optimizer.state[parameter].items()})
+        state.update({f"scaler.{name}": torch.tensor(value) for name, value in self.scaler.state_dict().items()})
+        return {name: tensor.cpu().contiguous() for name, tensor in state.items()}
+
+    def load_state_dict(self, state):
+        """Go on from ``state``, bit for bit on the CPU."""
+        moments = {}
+        for i, (name, parameter) in enumerate(self.sae.named_parameters()):
+            own = {key: value for key, value in state.items() if key.split(".")[0] == name}
+            if name == "W_enc":  # laid out as its transpose, as at the start
+                own = {key: value.T.contiguous().T if value.ndim == 2 else value for key, value in own.items()}
+            parameter.data = own.pop(name).to(self.device)
+            moments[i] = {key.split(".")[1]: value for key, value in own.items()}
+        started = {i: values for i, values in moments.items() if values}
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": started})
+        self.sae.threshold.copy_(state["threshold"])
+        self.rows_silent, self.energy = state["rows_silent"].to(self.device), state["energy"].to(self.device)
+        self.steps_done, self.scale = int(state["steps_done"]), float(state["scale"])
+        self.scaler.load_state_dict({name: state[f"scaler.{name}"].item() for name in self.scaler.state_dict()})
+
+
+def train(acts, cfg, *, device="cpu", out=None, resume=False, init_from=None, save_minutes=10.0, on_log=None, log_every=50):
     """Train on ``acts`` and return the SAE for raw activations.
 
-    A twentieth of the rows (at most 16,384) is set aside to calibrate the threshold: on rows trained on over many epochs,
-    L0 comes out lower than on new ones.
-
-    ``acts``: path or array as ``Rows`` takes, or a reader: ``Rows``, ``FeatureTree``, any object with their ``d_model``,
-    ``batches``, ``sample`` and ``split_off``.
-    ``out``: a new or empty folder for the checkpoint and ``metrics.jsonl``. ``on_log``: called every ``log_every`` steps
-    with {"step", "loss", "fvu", "l0", "dead", "threshold"}. ``ValueError`` for bad rows, ``OSError`` if ``out`` is in use.
+    ``acts``: what ``Rows`` takes, or a reader: ``Rows``, ``FeatureTree``, any object with their ``d_model``, ``batches``,
+    ``sample`` and ``split_off``. A twentieth of the rows (at most 16,384) is set aside to calibrate the threshold: on rows
+    trained on over many epochs, L0 comes out lower than on new ones.
+    ``out``: a new or empty folder for ``metrics.jsonl`` and the checkpoint, written at the start, every ``save_minutes`` and
+    at the end. SIGINT and SIGTERM are raised after the current step, once it is saved. ``resume``: go on from there.
+    ``init_from``: a checkpoint whose weights a new run starts with. ``on_log``: called every ``log_every`` steps with
+    {"step", "loss", "fvu", "l0", "dead", "threshold"}. Under torch.distributed each process takes its share of every batch.
+    ``ValueError`` for bad rows, or rows or a config other than those resumed; ``OSError`` if ``out`` is in use or full.
     """
-    device = check_device(device)
+    device, (rank, world) = check_device(device), process_place()
+    _require(cfg.batch_size % world == 0, f"batch_size must be a multiple of the number of processes {world}", cfg.batch_size)
     data, aside = (acts if hasattr(acts, "batches") else Rows(acts)).split_off(0.05, cfg.seed)
-    sample = data.sample(CALIBRATION_ROWS, cfg.seed)
+    sample, aside = data.sample(ASIDE, cfg.seed), aside.sample(ASIDE, cfg.seed)
     scale = float(torch.linalg.vector_norm(sample, dtype=torch.float64)) / len(sample) ** 0.5
     _require(scale > 0, "the rows must not all be zero: root mean squared norm", scale)
     trainer = Trainer(cfg, data.d_model, device, sample.mean(dim=0, dtype=torch.float64), scale)
-    batches = itertools.islice(data.batches(cfg.batch_size, cfg.seed), cfg.steps)
-    folder = output_folder(out) if out is not None else None
-    with open(folder / "metrics.jsonl", "a") if folder else contextlib.nullcontext() as metrics:
-        for x in batches:
+    origin = {**dataclasses.asdict(cfg), "rows": len(data) if isinstance(data, Rows) else None, "width": data.d_model,
+              "checksum of a sample of the rows": hashlib.sha256(sample.numpy()).hexdigest()[:16], "processes": world}
+    if resume:
+        trainer.load_state_dict(load_state(out, origin))
+    elif init_from is not None:
+        trainer.start_from(MatryoshkaSAE.load(init_from, device))
+    batches = data.batches(cfg.batch_size // world, cfg.seed, trainer.steps_done, rank, world)
+    folder = output_folder(out, own={f".{STATE}.tmp"} if not resume else None) if out is not None and rank == 0 else None
+
+    def checkpoint():
+        sae = trainer.export()
+        calibrate(sae, aside, cfg.k)
+        if folder:
+            save_state(folder, trainer.state_dict(), origin)
+            sae.save(folder)
+        return sae
+
+    if folder and not resume:
+        checkpoint()
+    with metrics_file(folder, trainer.steps_done) as metrics, deferred_signals() as received:
+        saved = time.monotonic()
+        for x in prefetch(itertools.islice(batches, cfg.steps - trainer.steps_done), pin=device.type == "cuda"):
             loss = trainer.step(x)
-            if trainer.steps_done % log_every == 0 or trainer.steps_done == cfg.steps:
+            stop = agreed(received, trainer.steps_done, device)
+            log = trainer.steps_done % log_every == 0 or trainer.steps_done == cfg.steps
+            save = stop or time.monotonic() - saved > 60 * save_minutes
+            if log or save:
+                _require(math.isfinite(loss), f"training diverged by step {trainer.steps_done}, try a lower lr: loss", float(loss))
+            if log:
                 figures = {"step": trainer.steps_done, "loss": float(loss), **trainer.measure(x)}
-                _require(math.isfinite(figures["loss"]), f"training diverged by step {trainer.steps_done}, try a lower lr: loss", figures["loss"])
                 if metrics:
                     print(json.dumps(figures), file=metrics, flush=True)
                 if on_log:
                     on_log(figures)
-    trainer.calibrate(aside.sample(CALIBRATION_ROWS, cfg.seed))
-    sae = trainer.export()
-    if folder:
-        sae.save(folder)
-    return sae
+            if stop:
+                break
+            if save:
+                checkpoint()
+                saved = time.monotonic()
+        return checkpoint()
+
+
+def process_place():
+    """(number of this process, number of processes) under torch.distributed; (0, 1) alone."""
+    on = distributed.is_available() and distributed.is_initialized()
+    return (distributed.get_rank(), distributed.get_world_size()) if on else (0, 1)
+
+
+def agreed(flag, step, device):
+    """Whether the flag is set in any process; several processes ask each other in every tenth step only."""
+    if process_place()[1] == 1 or step % 10:
+        return bool(flag) and process_place()[1] == 1
+    flag = torch.tensor(float(bool(flag)), device=device)
+    distributed.all_reduce(flag, distributed.ReduceOp.MAX)
+    return bool(flag)
+
+
+@contextlib.contextmanager
+def deferred_signals():
+    """Collect SIGINT and SIGTERM in the list that this yields and raise the first again at the end; a second Ctrl-C acts at once."""
+    received, old = [], {}
+
+    def note(number, frame):
+        if number == signal.SIGINT in received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    if threading.current_thread() is threading.main_thread():
+        old = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in old:
+        signal.signal(number, note)
+    try:
+        yield received
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+    if received:
+        signal.raise_signal(received[0])
 
 
 # ------------------------------------------------------------------------------------------------------------ 7. metrics
@@ -644,6 +753,18 @@ def evaluate(sae, rows, batch_size=4096):
     return {"rows": len(rows), "fvu": fvu[-1], "l0": l0[-1], "dead": float((~fired).float().mean()),
             "max_cosine": max_cosine(sae.W_dec),
             "prefixes": [{"latents": p, "fvu": f, "l0": a} for p, f, a in zip(levels, fvu, l0)]}
+
+
+@torch.no_grad()
+def calibrate(sae, rows, k, batch_size=2048):
+    """Set the threshold so that on raw ``rows`` (n, D) the mean L0 is ``k``, or all positive entries where they are fewer."""
+    n, floor = round(k * len(rows)), 0.5 * float(sae.threshold)
+    for floor in (floor, 0.0):
+        above = torch.cat([pre[pre > floor] for pre in (sae.pre_acts(x.to(sae.b_dec.device)) for x in rows.split(batch_size))])
+        if len(above) > n:
+            sae.threshold.copy_(above.topk(n + 1).values[-1])
+            return
+    sae.threshold.zero_()
 
 
 @torch.no_grad()
@@ -732,12 +853,11 @@ class FeatureTree:
                    for o, (*_, read_out, binary) in zip(on, self.nodes) if read_out]
         return torch.stack(columns, dim=1)
 
-    def batches(self, batch_size, seed):
+    def batches(self, batch_size, seed, start=0, rank=0, world=1):
         """Endless rows of activations (batch_size, D) = features @ directions, sampled about 20,000 rows at a time."""
-        generator = torch.Generator().manual_seed(seed)
-        per_draw = max(1, 20_000 // batch_size)
-        while True:
-            yield from (self.sample_features(per_draw * batch_size, generator) @ self.directions).split(batch_size)
+        generator, per_draw = torch.Generator().manual_seed(seed + rank), max(1, 20_000 // batch_size)
+        draws = (self.sample_features(per_draw * batch_size, generator) @ self.directions for _ in itertools.count())
+        return itertools.islice((batch for rows in draws for batch in rows.split(batch_size)), start, None)
 
     def sample(self, n, seed):
         """``n`` rows (n, D) that depend on ``seed`` alone."""
@@ -807,94 +927,156 @@ def toy_setup(settings, seed=0):
         _require(isinstance(settings.get(name), dict), f"{name} must be an object", repr(settings.get(name)))
     tree = FeatureTree(settings["tree"], settings.get("d_model"), settings.get("norm_std", 0.05), seed)
     cfg = TrainConfig.from_dict({"n_latents": len(tree.parent_of), **settings["train"], "seed": seed})
-    vanilla = dataclasses.replace(cfg, prefixes=(cfg.n_latents,), n_prefixes=None, level_weights=None)
-    return tree, {"matryoshka": cfg, "vanilla": vanilla}
+    return tree, {"matryoshka": cfg, "vanilla": cfg.vanilla()}
 
 
 # -------------------------------------------------------------------------------------------------------------- 9. files
 
-BLOCK, POOL = 256, 256       # consecutive rows read together; blocks shuffled together, so 65,536 rows are in memory
-CALIBRATION_ROWS = 65_536    # training rows that give scale, mean and the final threshold
-WEIGHTS, CONFIG = "sae_weights.safetensors", "cfg.json"
+BLOCK = 256                  # consecutive rows read together
+POOL_BYTES = 2**28           # of float32 rows in memory, whose order is mixed
+ASIDE = 16_384               # rows, at most, that give scale and mean, and others that give the final threshold
+WEIGHTS, CONFIG, STATE, METRICS = "sae_weights.safetensors", "cfg.json", "training_state.safetensors", "metrics.jsonl"
 
 
 class Rows:
-    """Activation rows (n, D) of a ``.npy`` file (memory-mapped), an array or a tensor, read as float32.
+    """Activation rows (n, D), read as float32: of an array, a tensor, a ``.npy`` file or a folder of them in name order.
 
-    float16, float32 or float64, of shape (rows, D) or (docs, positions, D). ``keep``: a boolean mask (n,) of the rows to
-    use. ``ValueError`` for anything else, and for the first row read that is not finite; ``OSError`` if unreadable.
+    float16, float32 or float64, of shape (rows, D) or (docs, positions, D). ``skip``: increasing numbers of rows to leave out.
+    Files are read block by block, so memory does not grow with them. ``ValueError`` for anything else, and for a row that
+    is not finite when it is read; ``OSError`` for a file that cannot be read.
     """
 
-    def __init__(self, source, keep=None, name="the array"):
-        array, self.name = source, name
-        if isinstance(source, (str, os.PathLike)):
-            array, self.name = _open_npy(source), str(source)
-        elif isinstance(source, torch.Tensor):
-            array = source.detach().cpu().numpy()
-        _require(array.dtype.kind == "f" and array.dtype.itemsize in (2, 4, 8),
-                 f"{self.name} must hold float16, float32 or float64", array.dtype)
-        _require(array.ndim in (2, 3) and array.size > 0,
-                 f"{self.name} must have the shape (rows, D) or (docs, positions, D), none of them 0", array.shape)
-        _require(array.flags.c_contiguous or array.ndim == 2,
-                 f"{self.name} must be in C order to be read as rows", "Fortran order")
-        self.array = array.reshape(-1, array.shape[-1])
-        self.keep = keep
-        self.d_model = self.array.shape[1]
+    def __init__(self, source, skip=()):
+        self.skip = np.asarray(skip, dtype=np.int64)
+        self.parts = [_open_part(part) for part in _list_parts(source)]
+        self.d_model = self.parts[0].d_model
+        for part in self.parts:
+            _require(part.d_model == self.d_model, f"{part.name} must have the width {self.d_model} of {self.parts[0].name}", part.d_model)
+        self.starts = np.cumsum([0, *(part.n for part in self.parts)])
+        self.total = int(self.starts[-1])
 
     def __len__(self):
-        return len(self.array) if self.keep is None else int(self.keep.sum())
+        return self.total - len(self.skip)
 
     def split_off(self, fraction, seed):
-        """Set a random ``fraction`` of the rows aside, at least 1 and at most 16,384: (the others, those)."""
-        n = min(max(1, round(fraction * len(self))), 16_384)
-        _require(len(self) >= 2, f"{self.name} has too few rows: setting some aside needs at least 2", len(self))
-        mask = np.zeros(len(self.array), dtype=bool)
-        usable = np.arange(len(self.array)) if self.keep is None else self.keep.nonzero()[0]
-        mask[np.random.default_rng(seed).choice(usable, n, replace=False, shuffle=False)] = True
-        everything = np.ones_like(mask) if self.keep is None else self.keep
-        return Rows(self.array, everything & ~mask, self.name), Rows(self.array, mask, self.name)
+        """Set a random ``fraction`` of the rows aside, at least 1 and at most 16,384, in memory: (the others, those)."""
+        n = min(max(1, round(fraction * len(self))), ASIDE)
+        _require(len(self) >= 2, f"{self.parts[0].name} has too few rows: setting some aside needs at least 2", len(self))
+        chosen = np.sort(np.random.default_rng(seed).choice(len(self), n, replace=False, shuffle=False))
+        chosen += np.searchsorted(self.skip - np.arange(len(self.skip)), chosen, side="right")  # among the rows not skipped
+        aside = np.concatenate([self._read(row, row + 1) for row in chosen.tolist()])
+        others = copy.copy(self)
+        others.skip = np.union1d(self.skip, chosen)
+        return others, Rows(aside)
 
-    def _read(self, index):
-        if self.keep is not None:
-            index = index[self.keep[index]]
-        with np.errstate(over="ignore"):
-            rows = self.array[index].astype(np.float32)
-            if not np.isfinite(rows).all():
-                bad = (i for i, row in enumerate(self.array) if not np.isfinite(row.astype(np.float32)).all())
-                raise ValueError(f"{self.name} has a NaN or infinite value (as float32), first in row {next(bad)}")
-        return rows
+    def _read(self, start, stop):
+        """Rows ``start`` to ``stop`` without the skipped ones."""
+        rows = np.empty((stop - start, self.d_model), np.float32)
+        first = np.searchsorted(self.starts, start, side="right") - 1
+        for part, begin in zip(self.parts[first:], self.starts[first:].tolist()):
+            if begin >= stop:
+                break
+            low, high = max(start, begin), min(stop, begin + part.n)
+            with np.errstate(over="ignore"):
+                rows[low - start:high - start] = part.read(low - begin, high - begin)
+            finite = np.isfinite(rows[low - start:high - start]).all(axis=1)
+            if not finite.all():
+                raise ValueError(f"{part.name} has a NaN or infinite value (as float32) in row {low - begin + int(finite.argmin())}")
+        skipped = self.skip[slice(*np.searchsorted(self.skip, (start, stop)))]
+        return np.delete(rows, skipped - start, axis=0) if len(skipped) else rows
 
     def chunks(self, size):
         """All rows once, in order, as tensors of at most ``size`` rows."""
-        for start in range(0, len(self.array), size):
-            rows = self._read(np.arange(start, min(start + size, len(self.array))))
+        for start in range(0, self.total, size):
+            rows = self._read(start, min(start + size, self.total))
             if len(rows):
                 yield torch.from_numpy(rows)
 
-    def batches(self, batch_size, seed):
-        """Endless batches (batch_size, D); every row once an epoch, in an order that depends on ``seed`` and the epoch alone.
+    def batches(self, batch_size, seed, start=0, rank=0, world=1):
+        """Endless batches (batch_size, D) from number ``start`` on; every row once an epoch, in an order given by ``seed``.
 
         Blocks of consecutive rows are permuted, and the rows of a pool of blocks again, so memory is bounded by the pool.
+        Of ``world`` processes, number ``rank`` reads every ``world``-th block of the permutation.
         """
-        _require(len(self) >= batch_size, f"batch_size must be at most the number of training rows {len(self)}", batch_size)
-        return self._batches(batch_size, seed)
+        _require(len(self) >= batch_size * world, "batch_size must be at most the number of training rows "
+                 f"{len(self)}", batch_size * world)
+        _require(self.total > BLOCK * (world - 1), f"the rows must fill a block of {BLOCK} for each of {world} processes", len(self))
+        return self._batches(batch_size, seed, start * batch_size, rank, world)
 
-    def _batches(self, batch_size, seed):
-        left = np.empty((0, self.d_model), np.float32)
+    def _batches(self, batch_size, seed, skip, rank, world):
+        batch, filled = np.empty((batch_size, self.d_model), np.float32), 0
+        for pool, order in self._pools(seed, skip, rank, world):
+            while len(order):
+                taken, order = np.split(order, [batch_size - filled])
+                np.take(pool, taken, axis=0, out=batch[filled:filled + len(taken)], mode="clip")  # "raise" would buffer
+                filled += len(taken)
+                if filled == batch_size:
+                    yield torch.from_numpy(batch)
+                    batch, filled = np.empty_like(batch), 0
+
+    def _pools(self, seed, skip, rank, world):
+        """Endless (rows, order in which to take them), after the first ``skip`` rows of this stream."""
+        n_blocks = -(-self.total // BLOCK)
+        kept = np.minimum(BLOCK, self.total - BLOCK * np.arange(n_blocks)) - np.bincount(self.skip // BLOCK, minlength=n_blocks)
+        per_pool = max(1, POOL_BYTES // (4 * BLOCK * self.d_model))
+        pool = np.empty((min(per_pool, n_blocks) * BLOCK, self.d_model), np.float32)
         for epoch in itertools.count():
-            rng = np.random.default_rng([seed, epoch])
-            blocks = rng.permutation(-(-len(self.array) // BLOCK))
-            for start in range(0, len(blocks), POOL):
-                index = (np.sort(blocks[start:start + POOL])[:, None] * BLOCK + np.arange(BLOCK)).ravel()
-                pool = self._read(index[index < len(self.array)])
-                pool = np.concatenate([left, pool[rng.permutation(len(pool))]])
-                whole = len(pool) // batch_size * batch_size
-                yield from torch.from_numpy(pool[:whole]).split(batch_size) if whole else ()
-                left = pool[whole:]
+            blocks = np.random.default_rng([seed, epoch]).permutation(n_blocks)[rank::world]
+            for place in range(0, len(blocks), per_pool):
+                chosen = np.sort(blocks[place:place + per_pool])
+                n = int(kept[chosen].sum())
+                if skip >= n:
+                    skip -= n
+                    continue
+                end = 0
+                for block in chosen.tolist():
+                    rows = self._read(block * BLOCK, min((block + 1) * BLOCK, self.total))
+                    pool[end:end + len(rows)] = rows
+                    end += len(rows)
+                yield pool, np.random.default_rng([seed, epoch, place]).permutation(n)[skip:]
+                skip = 0
 
     def sample(self, n, seed):
         """At most ``n`` rows at random, that depend on ``seed`` alone."""
         return next(self.batches(min(n, len(self)), seed))
+
+
+class _Part(typing.NamedTuple):
+    name: str
+    n: int
+    d_model: int
+    read: typing.Callable  # (start, stop) -> rows
+
+
+def _list_parts(source):
+    if not isinstance(source, (str, os.PathLike)):
+        return [source]
+    if not os.path.isdir(source):
+        return [_open_npy(source)]
+    shards = sorted(Path(source).glob("*.npy"))
+    _require(shards, f"{source} must be a .npy file or a folder of them", "a folder without any")
+    return [_open_npy(shard) for shard in shards]
+
+
+def _open_part(array):
+    name = str(getattr(array, "filename", None) or "the array")
+    array = array.detach().cpu().numpy() if isinstance(array, torch.Tensor) else array
+    _require(array.dtype.kind == "f" and array.dtype.itemsize in (2, 4, 8), f"{name} must hold float16, float32 or float64", array.dtype)
+    _require(array.ndim in (2, 3) and array.size > 0,
+             f"{name} must have the shape (rows, D) or (docs, positions, D), none of them 0", array.shape)
+    _require(array.flags.c_contiguous or array.ndim == 2, f"{name} must be in C order to be read as rows", "Fortran order")
+    rows = array.reshape(-1, array.shape[-1])
+    if isinstance(array, np.memmap) and isinstance(array.base, mmap.mmap) and array.mode == "r" and array.flags.c_contiguous:
+        return _Part(name, *rows.shape, functools.partial(_read_file, name, array.dtype, array.offset, rows.shape[1]))
+    return _Part(name, *rows.shape, lambda start, stop: rows[start:stop])
+
+
+def _read_file(path, dtype, offset, d_model, start, stop):
+    """Rows of a file by plain reads: pages touched through a memory map would count as this process's memory."""
+    values = np.fromfile(path, dtype, (stop - start) * d_model, offset=offset + start * d_model * dtype.itemsize)
+    if len(values) < (stop - start) * d_model:
+        raise OSError(f"{path} became shorter while it was read: row {stop - 1} is missing")
+    return values.reshape(-1, d_model)
 
 
 def _open_npy(path):
@@ -906,6 +1088,24 @@ def _open_npy(path):
         raise ValueError(f"{path} is not a readable .npy file of numbers: {str(error).splitlines()[0]}") from None
 
 
+def prefetch(batches, pin=False, depth=8):
+    """The same batches, made up to ``depth`` ahead by a background thread; in pinned memory for CUDA with ``pin``."""
+    batches = iter(batches)
+
+    def load():
+        batch = next(batches, None)
+        return batch.pin_memory() if pin and batch is not None else batch
+
+    with ThreadPoolExecutor(1) as thread:
+        ahead = collections.deque(thread.submit(load) for _ in range(depth))
+        try:
+            while (batch := ahead.popleft().result()) is not None:
+                ahead.append(thread.submit(load))
+                yield batch
+        finally:
+            thread.shutdown(cancel_futures=True)
+
+
 def check_device(device):
     """``torch.device`` of the name ``device``; ``ValueError`` if this machine or this build of torch lacks it."""
     try:
@@ -915,11 +1115,47 @@ def check_device(device):
     return torch.device(device)
 
 
+def save_state(folder, state, origin):
+    """Write what ``Trainer.load_state_dict`` needs, with ``origin``: the settings and rows that a resumed run must share."""
+    with atomic(Path(folder) / STATE) as path:
+        save_file(state, path, {"origin": json.dumps(origin)})
+
+
+def load_state(folder, origin):
+    """Read what ``save_state`` wrote; ``ValueError`` names the first of ``origin`` that differs."""
+    path = Path(folder) / STATE
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} holds no {STATE}, there is nothing to resume")
+    try:
+        with safe_open(path, "pt") as file:
+            started = json.loads(file.metadata()["origin"])
+            state = {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    for name, value in json.loads(json.dumps(origin)).items():
+        _require(started.get(name) == value, f"{name} must be as in the run to resume in {folder}, {started.get(name)}", value)
+    return state
+
+
+@contextlib.contextmanager
+def metrics_file(folder, steps_done):
+    """The open ``metrics.jsonl`` of a run, without lines from beyond ``steps_done``; None without a folder."""
+    if folder is None:
+        yield None
+        return
+    path = folder / METRICS
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    with atomic(path) as temporary:
+        temporary.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= steps_done))
+    with open(path, "a") as file:
+        yield file
+
+
 def output_folder(path, own=()):
-    """Create the folder ``path``; ``OSError`` if it is not writable or holds anything but files named in ``own``."""
+    """Create the folder ``path``; ``OSError`` if it is not writable or holds anything but files named in ``own`` (None: any)."""
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    foreign = sorted(item.name for item in folder.iterdir() if item.name not in own)
+    foreign = sorted(item.name for item in folder.iterdir() if own is not None and item.name not in own)
     if foreign:
         raise FileExistsError(f"{folder} is not empty, it holds {foreign[0]}: choose another output folder")
     if not os.access(folder, os.W_OK):
@@ -927,16 +1163,18 @@ def output_folder(path, own=()):
     return folder
 
 
-def write_atomically(path, data):
-    """Write bytes under a temporary name, fsync, rename: a reader sees the old file or the whole new one."""
+@contextlib.contextmanager
+def atomic(path):
+    """Yield a temporary path to write; then fsync it and rename it to ``path``, which is the old file or the whole new one."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
+        yield temporary
+        with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
+        raise OSError(f"{path} could not be written, the file there before is untouched: {error}") from None
     finally:
         temporary.unlink(missing_ok=True)
 

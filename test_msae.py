@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from click.testing import CliRunner
 
@@ -250,15 +251,13 @@ def test_export_folds_the_scale_and_lays_latents_out_in_prefix_order(order):
 
 
 def test_calibration_keeps_exactly_k_per_row():
-    data = torch.from_numpy(rows(640))
-    trainer = msae.Trainer(config(), 16, mean=data.mean(dim=0), scale=7.0)
-    for floor in (0.0, 1e9):  # the search starts above half the running threshold and falls back
-        trainer.sae.threshold.fill_(floor)
-        trainer.calibrate(data)
-        assert float((trainer.sae.encode(data / 7.0) > 0).sum()) == 4.5 * 640
-    trainer.cfg = dataclasses.replace(trainer.cfg, k=32)
-    trainer.calibrate(data)
-    assert trainer.sae.threshold == 0
+    data, sae = torch.from_numpy(rows(640)), msae.MatryoshkaSAE(16, 32)
+    for floor in (0.0, 1e9):  # the search starts above half the present threshold and falls back
+        sae.threshold.fill_(floor)
+        msae.calibrate(sae, data, 4.5)
+        assert float((sae.encode(data) > 0).sum()) == 4.5 * 640
+    msae.calibrate(sae, data, 32)
+    assert sae.threshold == 0
 
 
 def test_b_dec_starts_at_the_mean_and_the_encoder_as_the_decoder():
@@ -326,7 +325,7 @@ def test_save_and_load_are_inverse(tmp_path):
     back = msae.MatryoshkaSAE.load(tmp_path / "run")
     assert all(torch.equal(a, b) for a, b in zip(sae.state_dict().values(), back.state_dict().values()))
     assert back.prefixes == (4, 12, 32) and back.metadata == json.loads(json.dumps(sae.metadata)) and back.metadata["k"] == 4.5
-    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["cfg.json", "metrics.jsonl", "sae_weights.safetensors"]
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["cfg.json", "metrics.jsonl", "sae_weights.safetensors", "training_state.safetensors"]
 
 
 def test_saelens_opens_a_checkpoint(tmp_path):
@@ -355,11 +354,11 @@ def damage(folder, how):
     elif how == "wrong shape":
         cfg.write_text(json.dumps({**settings, "d_in": 17}))
     elif how == "missing tensor":
-        weights.write_bytes(msae.save({k: v for k, v in tensors.items() if k != "b_enc"}))
+        weights.write_bytes(safetensors.torch.save({k: v for k, v in tensors.items() if k != "b_enc"}))
     elif how == "extra tensor":
-        weights.write_bytes(msae.save({**tensors, "mask": torch.ones(3)}))
+        weights.write_bytes(safetensors.torch.save({**tensors, "mask": torch.ones(3)}))
     elif how == "not finite":
-        weights.write_bytes(msae.save({**tensors, "b_enc": tensors["b_enc"] * float("nan")}))
+        weights.write_bytes(safetensors.torch.save({**tensors, "b_enc": tensors["b_enc"] * float("nan")}))
 
 
 @pytest.mark.parametrize("how, names", [("no cfg", "cfg.json"), ("no weights", "sae_weights"), ("cut weights", "damaged"),
@@ -390,7 +389,7 @@ def test_every_row_is_read_once_an_epoch_in_a_seeded_order(tmp_path, dtype):
 
 def test_pools_of_blocks_cover_a_file_larger_than_one_pool(monkeypatch):
     monkeypatch.setattr(msae, "BLOCK", 8)
-    monkeypatch.setattr(msae, "POOL", 4)
+    monkeypatch.setattr(msae, "POOL_BYTES", 4 * 8 * 4)
     reader = msae.Rows(np.arange(333.0)[:, None])
     seen = torch.cat(list(msae.itertools.islice(reader.batches(37, 0), 9)))
     assert sorted(seen.flatten().tolist()) == list(range(333))
