@@ -1,7 +1,14 @@
 """Command line over msae: parse, one library call, show."""
 
+import contextlib
+import datetime
 import json
 import math
+import os
+import shlex
+import signal
+import statistics
+import sys
 import time
 from pathlib import Path
 
@@ -9,7 +16,7 @@ import click
 import torch
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -187,57 +194,163 @@ def numbers(ctx, param, value):
 
 
 @main.command()
-@click.option("--acts", required=True, type=click.Path(), help="Activations: a .npy of floats, (rows, D) or (docs, positions, D).")
+@click.option("--acts", required=True, type=click.Path(),
+              help="Activations: a .npy of floats, (rows, D) or (docs, positions, D), or a folder of them.")
 @click.option("--latents", "n_latents", type=int, help="Number of latents F.  [required, here or in --config]")
 @click.option("--k", type=float, help="Active latents per row, on average.  [default: 30]")
 @click.option("--prefixes", callback=numbers, help="Lengths as 192,384,...,F or fractions.  [default: F/16, F/8, F/4, F/2, F]")
 @click.option("--pareto", "n_prefixes", type=int, help="Instead, sample this many prefixes at every step.")
-@click.option("--spare", type=click.FloatRange(min=0), default=0.25,
-              help="Start with this share of F more latents and prune the least energetic: lowers FVU by about 1 %.")
+@click.option("--spare", type=click.FloatRange(min=0),
+              help="Start with this share of F more latents and prune the least energetic: lowers FVU by about 1 %.  [default: 0.25]")
+@click.option("--baseline", is_flag=True, help="Then train the vanilla twin on the same batches and show both.")
 @click.option("--steps", type=int, help="Optimizer steps.  [default: 10000]")
-@click.option("--batch-size", type=int, help="Rows per step.  [default: 2048]")
+@click.option("--batch-size", type=int, help="Rows per step, of all processes together.  [default: 2048]")
 @click.option("--lr", type=float, help="Peak learning rate of Adam.  [default: 0.24 / sqrt(F), at most 0.01]")
 @click.option("--seed", type=int, help="Of weights, row order and held-out rows.  [default: 0]")
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default="cuda if there is one, else cpu")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]),
+              help="Of the products; weights stay float32.  [default: bfloat16 on cuda, else float32]")
 @click.option("--out", type=click.Path(file_okay=False), help="A new folder.  [default: a new one under runs/]")
+@click.option("--resume", is_flag=True, help="Go on with the run in --out (or the newest default folder) where its checkpoint is.")
+@click.option("--init-from", type=click.Path(exists=True, file_okay=False), help="Start a new run from the weights of this checkpoint.")
+@click.option("--save-minutes", type=click.FloatRange(min=0), default=10, help="Minutes between checkpoints.")
 @click.option("--config", type=click.Path(exists=True, dir_okay=False), help="JSON with any TrainConfig fields; options override it.")
-def train(acts, device, out, config, spare, **options):
+def train(acts, device, out, config, spare, baseline, resume, init_from, save_minutes, **options):
     """Train on activations and save a checkpoint that SAELens opens too.
 
-    A tenth of the rows (at most 16,384) is set aside at random for the figures shown at the end.
+    A tenth of the rows (at most 16,384) is set aside at random for the figures shown at the end. Ctrl-C saves first;
+    the same command with --resume goes on. With several processes, torchrun takes the place of python.
 
     \b
     Examples:
       python cli.py train --acts acts.npy --latents 3072
       python cli.py train --acts acts.npy --latents 3072 --pareto 10 --k 40 --out runs/pareto
+      python cli.py train --acts shards/ --latents 3072 --baseline
+      torchrun --nproc-per-node 2 cli.py train --acts acts.npy --latents 3072
     """
     settings = {**(msae.read_json(config) if config else {}), **{name: v for name, v in options.items() if v is not None}}
     if options["n_prefixes"] is not None and options["prefixes"] is None:
         settings.pop("prefixes", None)
     if isinstance(settings.get("n_latents"), int):
-        settings.setdefault("n_latents_start", settings["n_latents"] + round(spare * settings["n_latents"]))
+        share = spare if spare is not None else 0.0 if init_from else 0.25
+        settings.setdefault("n_latents_start", settings["n_latents"] + round(share * settings["n_latents"]))
     cfg = msae.TrainConfig.from_dict(settings)
-    rows, held_out = msae.Rows(acts).split_off(0.1, cfg.seed)
-    folder = out or free_folder(f"runs/{Path(acts).stem}-{cfg.n_latents}")
-    with progress() as bar:
-        sae = msae.train(rows, cfg, device=device, out=folder, on_log=bar.reporter("train", cfg))
-    figures = msae.evaluate(sae, held_out)
-    console.print(figures_table(figures))
-    console.print(f"{figures['dead']:.2%} of latents never fire on them; mean max decoder cosine {figures['max_cosine']:.3f}\n"
-                  f"\nsaved {folder}\nload it with  sae = msae.MatryoshkaSAE.load({str(folder)!r})", highlight=False)
+    with processes(device) as (device, first):
+        rows, held_out = msae.Rows(acts).split_off(0.1, cfg.seed)
+        folder = Path(out or default_folder(f"runs/{Path(acts).stem}-{cfg.n_latents}", existing=resume))
+        figures = {}
+        for name, own, where in (("matryoshka", cfg, folder), ("vanilla", cfg.vanilla(), folder / "vanilla"))[: 1 + baseline]:
+            again = resume and (name == "matryoshka" or (where / msae.STATE).exists())
+            with progress() as bar, resume_hint(where, folder, out):
+                sae = msae.train(rows, own, device=device, out=where, resume=again, init_from=init_from, save_minutes=save_minutes,
+                                 on_log=bar.reporter(name if baseline else "train", own) if first else None)
+            figures[name] = msae.evaluate(sae, held_out) if first else None
+    if first:
+        console.print(figures_table(figures))
+        console.print("dead: latents that never fire on these rows; cosine: mean over latents of the largest with another decoder row\n"
+                      f"\nsaved {folder}\nload it with  sae = msae.MatryoshkaSAE.load({str(folder)!r})", highlight=False)
 
 
-def free_folder(path):
-    """``path``, or ``path-2``, ``path-3``, ... : the first that does not exist."""
-    return next(p for i in range(1, 10**6) if not (p := Path(path if i == 1 else f"{path}-{i}")).exists())
+@contextlib.contextmanager
+def processes(device):
+    """(this process's device, whether it is the first): joins the processes that torchrun started, if it did."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    if "LOCAL_RANK" not in os.environ:
+        yield device, True
+        return
+    on_cuda = device == "cuda"
+    device = f"cuda:{os.environ['LOCAL_RANK']}" if on_cuda else device
+    torch.distributed.init_process_group("nccl" if on_cuda else "gloo", device_id=torch.device(device) if on_cuda else None)
+    yield device, torch.distributed.get_rank() == 0
+    torch.distributed.destroy_process_group()
+
+
+@contextlib.contextmanager
+def resume_hint(where, folder, out):
+    """Say how to go on when a signal or a lost process ends the training in the folder ``where``."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, ConnectionError):
+        if (where / msae.STATE).exists() and os.environ.get("RANK", "0") == "0":
+            added = [*(() if out else ("--out", str(folder))), *(() if "--resume" in sys.argv else ("--resume",))]
+            start = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]] if "LOCAL_RANK" in os.environ else ["python"]
+            click.echo(f"saved in {where}; go on with\n  {shlex.join([*start, *sys.argv, *added])}", err=True)
+        raise
+
+
+def default_folder(path, existing):
+    """``path``, ``path-2``, ``path-3``, ... : the first that does not exist, or the last that does."""
+    names = [path, *(f"{path}-{i}" for i in range(2, 10**4))]
+    free = next(i for i, name in enumerate(names) if not Path(name).exists())
+    return names[max(free - 1, 0) if existing else free]
 
 
 def figures_table(figures):
-    """Figures on held-out rows: a row per prefix, the whole SAE last."""
-    table = new_table("latents", "FVU", "L0", title=f"{figures['rows']:,} held-out rows")
-    for level in figures["prefixes"]:
-        table.add_row(f"{level['latents']:,}", f"{level['fvu']:.4f}", f"{level['l0']:.2f}")
+    """Figures on held-out rows: a row per prefix of the Matryoshka SAE, the whole SAE last, then its vanilla twin."""
+    table = new_table("", "latents", "FVU", "L0", "dead", "cosine", title=f"{figures['matryoshka']['rows']:,} held-out rows")
+    for name, found in figures.items():
+        for level in found["prefixes"]:
+            last = level is found["prefixes"][-1]
+            table.add_row(name if level is found["prefixes"][0] else "", f"{level['latents']:,}", f"{level['fvu']:.4f}", f"{level['l0']:.2f}",
+                          *((f"{found['dead']:.2%}", f"{found['max_cosine']:.3f}") if last else ()), end_section=last)
     return table
+
+
+# ---------------------------------------------------------------------------------------------------------------- bench
+
+
+@main.command()
+@click.option("--latents", type=click.IntRange(min=1), default=3072)
+@click.option("--d-model", type=click.IntRange(min=1), default=768)
+@click.option("--batch-size", type=click.IntRange(min=1), default=2048)
+@click.option("--k", type=float, default=30)
+@click.option("--steps", type=click.IntRange(min=1), default=20, help="Steps to time, after three to warm up.")
+@click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default="cuda if there is one, else cpu")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="[default: bfloat16 on cuda, else float32]")
+def bench(latents, d_model, batch_size, k, steps, device, dtype):
+    """This machine's training step, beside the encoder product alone, which no SAE can do without.
+
+    \b
+    Examples:
+      python cli.py bench
+      python cli.py bench --latents 24576 --steps 10
+    """
+    device = msae.check_device(device)
+    trainer = msae.Trainer(msae.TrainConfig(n_latents=latents, k=k, batch_size=batch_size, dtype=dtype), d_model, device)
+    x = (torch.randn(batch_size, 8) @ torch.randn(8, d_model) / 2 + torch.randn(batch_size, d_model)).to(device) / d_model**0.5
+    W = torch.randn(d_model, latents, device=device)
+
+    def product():
+        with torch.no_grad(), trainer.autocast():
+            return x @ W
+
+    def clock(call):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - started
+
+    times = [(clock(product), clock(lambda: trainer.step(x))) for _ in range(steps + 3)][3:]  # in turn, so that drift cancels
+    alone, step = (statistics.median(t) for t in zip(*times))
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_memory()
+    table = new_table("", "", title=f"batch {batch_size:,}, width {d_model:,}, {latents:,} latents, k {k:g}, {trainer.dtype} on {device}", show_header=False)
+    table.add_row("encoder product alone", f"{1e3 * alone:.1f} ms")
+    table.add_row("training step", f"{1e3 * step:.1f} ms, {step / alone:.2f} x the product")
+    table.add_row("rows per second", f"{batch_size / step:,.0f}")
+    table.add_row("peak memory", f"{peak / 2**20:,.0f} MiB" if peak else "not known here")
+    console.print(table)
+
+
+def peak_memory():
+    """Peak resident memory of this process in bytes; 0 where the system does not tell."""
+    try:
+        import resource
+    except ImportError:
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 # ------------------------------------------------------------------------------------------------------------- progress
@@ -248,7 +361,7 @@ class progress:
 
     def __enter__(self):
         self.bar = Progress(TextColumn("{task.description}"), BarColumn(bar_width=10), TextColumn("{task.fields[figures]}"),
-                            TimeRemainingColumn(), console=console, disable=not console.is_terminal)
+                            console=console, disable=not console.is_terminal)
         self.bar.start()
         return self
 
@@ -257,18 +370,17 @@ class progress:
 
     def reporter(self, label, cfg):
         """A callback for ``msae.train`` that shows its figures."""
-        task, started, shown = self.bar.add_task(label, total=cfg.steps, figures=""), time.monotonic(), -math.inf
+        task, shown = self.bar.add_task(label, total=cfg.steps, figures=""), -math.inf
 
         def show(figures):
             nonlocal shown
-            rate = figures["step"] * cfg.batch_size / (time.monotonic() - started)
-            line = f"{figures['step']}/{cfg.steps}  {rate:,.0f} rows/s  FVU {figures['fvu']:.3f}  L0 {figures['l0']:.1f}  dead {figures['dead']:.1%}"
+            left = datetime.timedelta(seconds=round((cfg.steps - figures["step"]) * cfg.batch_size / figures["rows_per_second"]))
+            line = (f"{figures['step']}/{cfg.steps}  {figures['rows_per_second']:,.0f} rows/s  {left} left  "
+                    f"FVU {figures['fvu']:.3f}  L0 {figures['l0']:.1f}  dead {figures['dead']:.1%}")
             self.bar.update(task, completed=figures["step"], figures=line)
-            last = figures["step"] == cfg.steps
-            if not console.is_terminal and (last or time.monotonic() - shown > 10):
+            if not console.is_terminal and (figures["step"] == cfg.steps or time.monotonic() - shown > 10):
                 shown = time.monotonic()
-                left = (cfg.steps - figures["step"]) * cfg.batch_size / rate
-                print(f"{label}  step {line}  {left:.0f} s left", flush=True)
+                print(f"{label}  step {line}", flush=True)
         return show
 
 

@@ -629,7 +629,7 @@ def train(acts, cfg, *, device="cpu", out=None, resume=False, init_from=None, sa
     ``out``: a new or empty folder for ``metrics.jsonl`` and the checkpoint, written at the start, every ``save_minutes`` and
     at the end. SIGINT and SIGTERM are raised after the current step, once it is saved. ``resume``: go on from there.
     ``init_from``: a checkpoint whose weights a new run starts with. ``on_log``: called every ``log_every`` steps with
-    {"step", "loss", "fvu", "l0", "dead", "threshold"}. Under torch.distributed each process takes its share of every batch.
+    {"step", "loss", "fvu", "l0", "dead", "threshold", "rows_per_second"}. Under torch.distributed each process takes its share of every batch.
     ``ValueError`` for bad rows, or rows or a config other than those resumed; ``OSError`` if ``out`` is in use or full.
     """
     device, (rank, world) = check_device(device), process_place()
@@ -659,7 +659,7 @@ def train(acts, cfg, *, device="cpu", out=None, resume=False, init_from=None, sa
     if folder and not resume:
         checkpoint()
     with metrics_file(folder, trainer.steps_done) as metrics, deferred_signals() as received:
-        saved = time.monotonic()
+        (since, logged), saved = (trainer.steps_done, time.monotonic()), time.monotonic()
         for x in prefetch(itertools.islice(batches, cfg.steps - trainer.steps_done), pin=device.type == "cuda"):
             loss = trainer.step(x)
             stop = agreed(received, trainer.steps_done, device)
@@ -668,7 +668,9 @@ def train(acts, cfg, *, device="cpu", out=None, resume=False, init_from=None, sa
             if log or save:
                 _require(math.isfinite(loss), f"training diverged by step {trainer.steps_done}, try a lower lr: loss", float(loss))
             if log:
-                figures = {"step": trainer.steps_done, "loss": float(loss), **trainer.measure(x)}
+                rate = (trainer.steps_done - since) * cfg.batch_size / (time.monotonic() - logged)
+                since, logged = trainer.steps_done, time.monotonic()
+                figures = {"step": trainer.steps_done, "loss": float(loss), **trainer.measure(x[:512]), "rows_per_second": round(rate)}
                 if metrics:
                     print(json.dumps(figures), file=metrics, flush=True)
                 if on_log:

@@ -1,10 +1,15 @@
 """Claims about msae, each against a naive oracle or a literal number. Needs no GPU and no network."""
 
+import contextlib
 import dataclasses
 import json
+import os
+import random
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -393,6 +398,209 @@ def test_pools_of_blocks_cover_a_file_larger_than_one_pool(monkeypatch):
     reader = msae.Rows(np.arange(333.0)[:, None])
     seen = torch.cat(list(msae.itertools.islice(reader.batches(37, 0), 9)))
     assert sorted(seen.flatten().tolist()) == list(range(333))
+
+
+def test_shards_are_read_in_name_order_as_one_file(tmp_path):
+    data = rows(1000, 4)
+    np.save(tmp_path / "one.npy", data)
+    (tmp_path / "shards").mkdir()
+    for name, part in zip("bac", np.split(data, [300, 301])):
+        np.save(tmp_path / "shards" / f"{name}.npy", part)
+    one, shards = msae.Rows(tmp_path / "one.npy"), msae.Rows(tmp_path / "shards")
+    assert torch.equal(torch.cat(list(shards.chunks(77))), torch.from_numpy(np.concatenate([data[300:301], data[:300], data[301:]])))
+    assert torch.equal(torch.cat(list(one.chunks(77))), torch.from_numpy(data))
+    np.save(tmp_path / "shards" / "d.npy", rows(10, 5))
+    with pytest.raises(ValueError, match="d.npy must have the width 4 .* got 5"):
+        msae.Rows(tmp_path / "shards")
+    (tmp_path / "none").mkdir()
+    with pytest.raises(ValueError, match="none"):
+        msae.Rows(tmp_path / "none")
+
+
+def test_batches_go_on_from_any_position(monkeypatch):
+    monkeypatch.setattr(msae, "BLOCK", 8)
+    monkeypatch.setattr(msae, "POOL_BYTES", 4 * 8 * 4)
+    reader, _ = msae.Rows(np.arange(333.0)[:, None]).split_off(0.1, 0)
+    batches = list(msae.itertools.islice(reader.batches(37, 0), 30))
+    for start in range(30):
+        assert torch.equal(batches[start], next(reader.batches(37, 0, start)))
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_processes_share_the_rows_of_an_epoch(monkeypatch, world):
+    monkeypatch.setattr(msae, "BLOCK", 8)
+    reader, _ = msae.Rows(np.arange(24.0 * 9)[:, None]).split_off(0.1, 0)
+    seen = []
+    for rank in range(world):
+        pool, order = next(reader._pools(5, 0, rank, world))
+        seen += pool[order].flatten().tolist()
+    assert sorted(seen) == torch.cat(list(reader.chunks(50))).flatten().tolist()
+
+
+def test_reading_stays_small_and_never_maps_the_file(tmp_path):
+    array = np.lib.format.open_memmap(tmp_path / "big.npy", "w+", np.float16, (200_000, 1024))
+    array[:] = 1.0
+    del array
+    code = """
+import resource, sys, itertools, numpy as np, msae
+for source in (sys.argv[1], np.load(sys.argv[1], mmap_mode="r")):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for batch in itertools.islice(msae.prefetch(msae.Rows(source).batches(2048, 0)), 97): pass
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400 * 1024, source
+"""
+    subprocess.run([sys.executable, "-c", code, tmp_path / "big.npy"], check=True, cwd=HERE)
+
+
+def test_a_file_that_shrinks_is_an_error(tmp_path):
+    np.save(tmp_path / "a.npy", rows(1000))
+    reader = msae.Rows(tmp_path / "a.npy")
+    with open(tmp_path / "a.npy", "rb+") as file:
+        file.truncate(30_000)
+    with pytest.raises(OSError, match="shorter"):
+        list(reader.chunks(100))
+
+
+def test_prefetch_keeps_the_order_and_passes_errors_on():
+    assert [b.tolist() for b in msae.prefetch(torch.arange(20).split(3))] == [b.tolist() for b in torch.arange(20).split(3)]
+    bad = rows(3000)
+    bad[2999] = np.nan
+    with pytest.raises(ValueError, match="row 2999"):
+        list(msae.itertools.islice(msae.prefetch(msae.Rows(bad).batches(100, 0)), 30))
+
+
+# ---------------------------------------------------------------------------------------------------------- never lost
+
+EVERYTHING = dict(prefixes=None, n_prefixes=4, order="energy", n_latents_start=40, dead_after=640, steps=60, k_start=8, k_anneal_steps=30)
+
+
+def same_run(a, b):
+    """Whether two finished runs left the same files, times aside."""
+    def read(folder):
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        return [{k: v for k, v in line.items() if k != "rows_per_second"} for line in lines], (folder / "cfg.json").read_text()
+    return read(a) == read(b) and all((a / f).read_bytes() == (b / f).read_bytes() for f in (msae.WEIGHTS, msae.STATE))
+
+
+@pytest.mark.parametrize("stop", [10, 25, 59, 60])
+def test_a_resumed_run_is_bit_identical(tmp_path, stop):
+    data, cfg = rows(5000), config(**EVERYTHING)
+    msae.train(data, cfg, out=tmp_path / "whole", log_every=5)
+
+    class Cut(Exception):
+        pass
+
+    def cut(figures):
+        if figures["step"] == stop:
+            raise Cut
+
+    with pytest.raises(Cut):
+        msae.train(data, cfg, out=tmp_path / "cut", log_every=5 if stop % 5 == 0 else 1, save_minutes=0, on_log=cut)
+    msae.train(data, cfg, out=tmp_path / "cut", log_every=5, resume=True)
+    if stop % 5 == 0:
+        assert same_run(tmp_path / "whole", tmp_path / "cut")
+    ours, whole = (safetensors.torch.load_file(tmp_path / name / msae.STATE) for name in ("cut", "whole"))
+    assert all(torch.equal(ours[name], whole[name]) for name in whole)
+
+
+def test_every_checkpoint_on_disk_is_whole_and_calibrated(tmp_path):
+    data, seen = rows(40_000), []
+
+    def look(figures):
+        sae = msae.MatryoshkaSAE.load(tmp_path / "run")
+        seen.append(msae.evaluate(sae, data)["l0"])
+        assert sae.prefixes == (4, 12, 32) and len(sae.W_dec) == 32
+
+    msae.train(data, config(n_latents_start=40, steps=100), out=tmp_path / "run", save_minutes=0, on_log=look, log_every=20)
+    assert len(seen) == 5 and seen == pytest.approx([4.5] * 5, rel=0.03)
+
+
+@pytest.mark.parametrize("change, names", [(dict(k=5.0), "k must be .* 4.5, got 5.0"), (dict(steps=21), "steps"), (dict(seed=1), "seed"),
+                                           ("rows", "rows must be .* 950, got 949"), ("values", "checksum")])
+def test_resuming_something_else_is_refused_by_name(tmp_path, change, names):
+    data = rows(1000)
+    msae.train(data, config(), out=tmp_path / "run")
+    other = data[:-1] if change == "rows" else data * 2 if change == "values" else data
+    with pytest.raises(ValueError, match=names):
+        msae.train(other, config(**change) if isinstance(change, dict) else config(), out=tmp_path / "run", resume=True)
+
+
+def test_nothing_to_resume_and_damaged_state(tmp_path):
+    with pytest.raises(OSError, match="nothing to resume"):
+        msae.train(rows(1000), config(), out=tmp_path, resume=True)
+    (tmp_path / msae.STATE).write_bytes(b"rubbish")
+    with pytest.raises(ValueError, match="damaged"):
+        msae.train(rows(1000), config(), out=tmp_path, resume=True)
+
+
+def test_init_from_starts_a_new_run_from_weights(tmp_path):
+    data = rows(5000)
+    first = msae.train(data, config(steps=200), out=tmp_path / "first")
+    seen = []
+    msae.train(data, config(steps=1, lr=1e-9), out=tmp_path / "second", init_from=tmp_path / "first", on_log=seen.append)
+    second = msae.MatryoshkaSAE.load(tmp_path / "second")
+    torch.testing.assert_close(second.encode(torch.from_numpy(data)), first.encode(torch.from_numpy(data)), rtol=1e-3, atol=1e-3)
+    with pytest.raises(ValueError, match=re.escape("(40, 16), got (32, 16)")):
+        msae.train(data, config(n_latents_start=40), init_from=tmp_path / "first")
+
+
+def command(*arguments, **options):
+    """The command line in a process of its own, with one thread."""
+    return subprocess.Popen([sys.executable, "cli.py", *map(str, arguments)], cwd=HERE, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, **{"env": {**os.environ, "OMP_NUM_THREADS": "1"}, **options})
+
+
+def run_arguments(acts, out, steps=300):
+    return ["train", "--acts", acts, "--latents", 32, "--k", 4, "--batch-size", 64, "--steps", steps, "--pareto", 4, "--out", out]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
+def test_killed_at_random_moments_and_resumed_the_weights_are_the_same(acts, tmp_path):
+    assert command(*run_arguments(acts, tmp_path / "whole")).wait() == 0
+    moments, kills, process = random.Random(0), 0, None
+    while process is None or process.returncode != 0:
+        resume = ["--resume"] if (tmp_path / "cut" / msae.STATE).exists() else []
+        process = command(*run_arguments(acts, tmp_path / "cut"), "--save-minutes", 0, *resume)  # saves after every step
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            until = time.monotonic() + 20
+            while not (tmp_path / "cut" / msae.STATE).exists() and time.monotonic() < until and process.poll() is None:
+                time.sleep(0.01)
+            process.wait(timeout=moments.uniform(0, 3) if kills < 4 else 100)
+        kills += process.poll() is None
+        process.kill()
+        output = process.communicate()[0]
+        assert process.returncode in (0, -signal.SIGKILL), output
+    assert kills >= 3 and same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_ctrl_c_and_sigterm_save_and_say_how_to_go_on(acts, tmp_path, number, code):
+    process = command(*run_arguments(acts, tmp_path / "run", steps=10**6))
+    assert process.stdout.readline().startswith("train  step 50/")
+    process.send_signal(number)
+    output = process.communicate()[0]
+    assert process.returncode == code and "Traceback" not in output
+    hint = re.search(r"go on with\n  python (.*)", output)[1]
+    assert hint.endswith("--resume") and f"--out {tmp_path / 'run'}" in hint
+    steps = safetensors.torch.load_file(tmp_path / "run" / msae.STATE)["steps_done"]
+    assert steps >= 50 and msae.MatryoshkaSAE.load(tmp_path / "run").prefixes == (2, 4, 8, 16, 32)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a limit on file sizes")
+def test_a_full_disk_is_one_line_and_the_checkpoint_before_still_loads(acts, tmp_path):
+    run(*run_arguments(acts, tmp_path / "run", steps=60))
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+
+    def limit():
+        import resource
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))  # a write beyond it fails as on a full disk
+
+    process = command(*run_arguments(acts, tmp_path / "run", steps=60), "--resume", preexec_fn=limit)
+    output = process.communicate()[0]
+    errors = [line for line in output.splitlines() if line.startswith("Error:")]
+    assert process.returncode == 1 and len(errors) == 1 and msae.STATE in errors[0] and "Traceback" not in output
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
 
 
 # ------------------------------------------------------------------------------------------------------------------ toy
