@@ -24,6 +24,7 @@ import json
 import math
 import os
 import typing
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -223,35 +224,36 @@ def largest(values, n):
 
 
 def sparse_topk(x, W_enc, b_enc, n, floor=0.0):
-    """``batch_topk`` of ``relu(x @ W_enc + b_enc)`` without ever holding that matrix: (values (n,), row-major indices (n,)).
+    """``batch_topk`` of ``pre = relu(x @ W_enc + b_enc)`` that never holds all of ``pre``: (values (n,), indices (n,)).
 
-    This is the only dense B x D x F product of a sparse step, made for some latents at a time, so that their (B, width)
-    block is searched while it is in the cache. Exact for every ``floor``: when too few entries lie above it, the cut is
-    estimated from a few of the rows, and if that fails too, all positive entries are searched.
+    Exact for every ``floor``: when fewer than ``n`` entries lie above it, the search starts again lower, at 0.7 of the cut
+    among a few of the rows, and at last from 0.
     """
-    B, F = len(x), W_enc.shape[1]
-    width = max(1, CACHED // B)
-    for attempt in (0, 1, 2):
-        if attempt == 1:
-            some = torch.addmm(b_enc, x[:: max(1, B // 64)], W_enc).flatten().numpy()
-            floor = 0.7 * max(0.0, float(np.partition(some, -max(1, n * len(some) // (B * F)))[-max(1, n * len(some) // (B * F))]))
-        elif attempt == 2:
-            floor = 0.0
-        elif floor == 0:
-            continue
-        index, values = [], []
-        for start in range(0, F, width):
-            pre = torch.addmm(b_enc[start:start + width], x, W_enc[:, start:start + width])
-            found = np.flatnonzero((pre > floor).numpy())  # on a CPU several times faster than torch's nonzero
-            row, column = np.divmod(found, pre.shape[1])
-            index.append(row * F + (start + column))
-            values.append(pre.view(-1).numpy()[found])
-        index, values = np.concatenate(index), np.concatenate(values)
-        if len(index) >= n:
-            break
-    order = stable_order(index // F, B)  # row-major, as the blocks come with increasing latents
-    keep = order[largest(torch.from_numpy(values[order]), n).numpy()]
-    return torch.from_numpy(values[keep]), torch.from_numpy(index[keep])
+    values, index = entries_above(floor, x, W_enc, b_enc) if floor > 0 else ((), ())
+    if len(values) < n:
+        some = torch.addmm(b_enc, x[:: max(1, len(x) // 64)], W_enc).flatten()
+        floor = 0.7 * float(some.topk(max(1, round(n / len(x) / W_enc.shape[1] * len(some)))).values[-1])
+        values, index = entries_above(max(floor, 0.0), x, W_enc, b_enc)
+    if len(values) < n and floor > 0:
+        values, index = entries_above(0.0, x, W_enc, b_enc)
+    keep = largest(values, n)
+    return values[keep], index[keep]
+
+
+def entries_above(floor, x, W_enc, b_enc):
+    """Values and increasing row-major indices of the entries of ``x @ W_enc + b_enc`` above ``floor``.
+
+    The only dense B x D x F product of a sparse step, a few latents at a time: their block is searched while in the cache.
+    """
+    (B, _), F, parts = x.shape, len(b_enc), []
+    for latents in torch.arange(F).split(max(1, 2 * CACHED // B)):
+        start, end = int(latents[0]), int(latents[-1]) + 1
+        pre = torch.addmm(b_enc[start:end], x, W_enc[:, start:end])
+        row, latent = np.divmod(np.flatnonzero((pre > floor).numpy()), end - start)  # torch's nonzero is 5 times slower
+        parts.append((row, latent + start, pre.numpy()[row, latent]))
+    row, latent, values = map(np.concatenate, zip(*parts))
+    order = stable_order(row, B)
+    return torch.from_numpy(values[order]), torch.from_numpy((row * F + latent)[order])
 
 
 def stable_order(keys, end):
@@ -370,67 +372,57 @@ def nested_loss(x, acts, W_dec, b_dec, prefixes, weights=None):
 CACHED = 1 << 20  # numbers in the blocks that the sparse step works on, 4 MiB: their next use finds them in the cache
 
 
-@torch.no_grad()
-def sparse_loss(x, values, index, W_dec, prefixes, weights, G, position=None):
-    """``nested_loss`` of the entries ``values`` at ``index``, with its gradient in closed form: (loss, residual, d_values).
+def sparse_loss(x, values, latent, ends, W_dec, weights, G):
+    """``nested_loss`` of sparse codes, with its gradients in closed form: (loss, d_values (n,)), and in ``G`` (B, P, D).
 
-    With the residuals ``E_p = recon_p - x`` and the suffix sums ``G_j = sum_{p >= j} (2 w_p / B) E_p``, which are left in
-    ``G (B, P, D)``, the entries of block ``j`` get ``d_values = G_j @ W_dec.T``. ``x`` is centred, that is without ``b_dec``.
-    The entries come sorted by row and prefix ``position`` of their latent (default: the latent itself), so that they form
-    one sparse matrix with the rows ``b P + p``, what example ``b`` has in block ``p``. ``embedding_bag`` with weights is
-    the product of a sparse matrix with a dense one, twice as fast as ``torch.sparse`` on a CPU.
+    ``x`` (B, D) is centred, without ``b_dec``. Row ``b`` has in the block of latents between the prefixes ``p - 1`` and
+    ``p`` the ``values`` of the ``latent`` from ``ends[b P + p]`` to ``ends[b P + p + 1]``, which decode to ``R_p``; the
+    first block takes ``-x`` in. The residual of prefix ``p`` is ``sum_{i <= p} R_i``, so the loss is a quadratic form:
+
+        L = 1/2 sum_b sum_ij K_ij <R_i, R_j>,  K_ij = 2/B sum_{p >= max(i, j)} w_p
+
+    Hence ``dL/dR = G = K R`` and ``d_values = <G_j, W_dec>``. ``embedding_bag`` is a product of a sparse and a dense
+    matrix here, on a CPU twice as fast as ``torch.sparse`` has it.
     """
-    (B, D), F, P = x.shape, len(W_dec), len(prefixes)
-    latent = index % F
-    key = index if position is None else index - latent + position[latent]
-    ends = (torch.arange(0, B * F, F)[:, None] + torch.tensor(prefixes)).flatten()
-    ends = nn.functional.pad(torch.searchsorted(key, ends), (1, 0))
-    residual, d_values, squares = torch.empty_like(x), torch.empty_like(values), torch.empty(B, P)
-    size = max(1, CACHED // (P * D))
-    for start in range(0, B, size):
-        rows = slice(start, start + size)
-        offsets = ends[start * P:min(start + size, B) * P + 1]
-        entries = slice(int(offsets[0]), int(offsets[-1]))
-        with torch.enable_grad():
-            a = values[entries].requires_grad_()
-            decoded = nn.functional.embedding_bag(latent[entries], W_dec.detach(), offsets[:-1] - offsets[0], mode="sum", per_sample_weights=a)
-        E = decoded.detach().view(-1, P, D)
-        E[:, 0] -= x[rows]
-        for p in range(1, P):
-            E[:, p] += E[:, p - 1]
-        squares[rows] = torch.linalg.vector_norm(E, dim=2)
-        torch.neg(E[:, -1], out=residual[rows])
-        torch.mul(E[:, -1], 2 / B * weights[-1], out=G[rows, -1])
-        for p in reversed(range(P - 1)):
-            torch.add(G[rows, p + 1], E[:, p], alpha=2 / B * weights[p], out=G[rows, p])
-        d_values[entries], = torch.autograd.grad(decoded, a, G[rows].flatten(0, 1))
-    loss = squares.square_().sum(dim=0) @ torch.tensor(weights) / B
-    return loss, residual, d_values
+    (B, D), P = x.shape, len(weights)
+    after = torch.tensor(weights).flip(0).cumsum(0).flip(0) * (2 / B)
+    K = after[torch.maximum(torch.arange(P)[:, None], torch.arange(P))]
+    for rows in torch.arange(B).split(max(1, CACHED // (P * D))):
+        start, end = int(rows[0]), int(rows[-1]) + 1
+        R = bags(values, latent, ends[start * P:end * P + 1], W_dec).view(-1, P, D)
+        R[:, 0] -= x[start:end]
+        torch.matmul(K, R, out=G[start:end])
+    with warnings.catch_warnings():  # torch calls its CSR support beta, once per process
+        warnings.simplefilter("ignore")
+        entries = torch.sparse_csr_tensor(ends.int(), latent.int(), torch.zeros_like(values), (B * P, len(W_dec)), check_invariants=False)
+    d_values = torch.sparse.sampled_addmm(entries, G.flatten(0, 1), W_dec.T).values()
+    return (values @ d_values - torch.einsum("bd,bd->", G[:, 0], x)) / 2, d_values
 
 
-@torch.no_grad()
-def sparse_gradients(sae, x, values, d_values, index, G, block):
-    """Write the gradients of all parameters into their ``grad``: sums over the active entries, collected latent by latent.
+def bags(values, index, ends, rows):
+    """Sums ``sum_i values[i] * rows[index[i]]``, one for each ``ends[j] <= i < ends[j + 1]``: (len(ends) - 1, D)."""
+    part = slice(int(ends[0]), int(ends[-1]))
+    return nn.functional.embedding_bag(index[part], rows, ends[:-1] - ends[0], mode="sum", per_sample_weights=values[part])
+
+
+def write_gradients(sae, x, values, d_values, cell, latent, G):
+    """The gradients of all parameters, into their ``grad``, whose memory is kept: sums over the active entries.
 
     ``dW_dec = A_j.T @ G_j`` for the latents of block ``j``, ``dW_enc = x.T @ dA``, ``db_enc`` the column sums of ``dA``,
-    ``db_dec = sum_B G_1 - W_enc @ db_enc``. ``x`` is centred; ``block``: of each entry.
+    ``db_dec = sum_B G_1 - W_enc @ db_enc``. ``x`` is centred; ``cell``: ``b P + j`` of each entry.
     """
-    F, P = len(sae.W_dec), G.shape[1]
+    (_, P, D), F = G.shape, len(sae.W_dec)
     for parameter in sae.parameters():
         if parameter.grad is None:
             parameter.grad = torch.empty_like(parameter)
-    row, latent = index // F, index % F
     order = torch.from_numpy(stable_order(latent.numpy(), F))
     ends = nn.functional.pad(torch.bincount(latent, minlength=F).cumsum(0), (1, 0))
-    row, values, block, sorted_d = row[order], values[order], block[order], d_values[order]
-    cell, G_rows = row * P + block, G.flatten(0, 1)
-    size = max(1, CACHED // x.shape[1])
-    for start in range(0, F, size):
-        offsets = ends[start:start + size + 1]
-        entries = slice(int(offsets[0]), int(offsets[-1]))
-        bags = offsets[:-1] - offsets[0]
-        sae.W_dec.grad[start:start + size] = nn.functional.embedding_bag(cell[entries], G_rows, bags, mode="sum", per_sample_weights=values[entries])
-        sae.W_enc.grad.T[start:start + size] = nn.functional.embedding_bag(row[entries], x, bags, mode="sum", per_sample_weights=sorted_d[entries])
+    values, by_latent, cell = values[order], d_values[order], cell[order]
+    row = cell // P
+    for latents in torch.arange(F).split(max(1, CACHED // D)):
+        start, end = int(latents[0]), int(latents[-1]) + 1
+        sae.W_dec.grad[start:end] = bags(values, cell, ends[start:end + 1], G.flatten(0, 1))
+        sae.W_enc.grad.T[start:end] = bags(by_latent, row, ends[start:end + 1], x)
     sae.b_enc.grad.zero_().index_add_(0, latent, d_values)
     torch.sub(G[:, 0].sum(dim=0), sae.W_enc @ sae.b_enc.grad, out=sae.b_dec.grad)
 
@@ -488,35 +480,32 @@ class Trainer:
         if (n := self.cfg.latents_at(self.steps_done)) < len(self.energy):
             self.prune(n)
         x = x.to(self.device, torch.float32) / self.scale
-        values, index, loss, residual = self.sparse_step(x) if self.sparse else self.dense_step(x)
+        values, index, loss = self.sparse_step(x) if self.sparse else self.dense_step(x)
         dead = (self.rows_silent >= self.cfg.dead_after).nonzero().squeeze(1)
         if len(dead) and self.cfg.aux_coef:
-            with self.autocast():
-                aux = self.cfg.aux_coef * aux_loss(self.sae, x, residual, dead)
-            self.scaler.scale(aux).backward()
-            loss = loss + aux.detach()
+            loss = loss + self.revive(x, values, index, dead)
         self.optimize()
         self.track(values, index, len(x))
         return loss
 
     @torch.no_grad()
     def sparse_step(self, x):
-        """Gradients of the nested loss into ``grad``: (active values (n,), their positions (n,), loss, residual (B, D))."""
-        sae, (n, floor), prefixes, order = self.sae, self.selection(x), self.prefixes(), self.prefix_order()
-        x, F = x - sae.b_dec, len(self.energy)
+        """Write the gradients of the nested loss: (active values (n,), their row-major positions (n,), loss)."""
+        sae, (n, floor), order, F = self.sae, self.selection(x), self.prefix_order(), len(self.energy)
+        x, prefixes, weights = x - sae.b_dec, self.prefixes(), self.cfg.weights()
         values, index = sparse_topk(x, sae.W_enc, sae.b_enc, n, floor)
-        position = None
-        if order is not None:
-            position = torch.empty_like(order).index_copy_(0, order, torch.arange(F))
-            by_position = (index - index % F + position[index % F]).argsort()
-            values, index = values[by_position], index[by_position]
+        latent, key = index % F, index
+        if order is not None:  # within each row, by position
+            key, by_key = (index - latent + torch.empty_like(order).index_copy_(0, order, torch.arange(F))[latent]).sort()
+            values, index, latent = values[by_key], index[by_key], latent[by_key]
+        block_ends = (torch.arange(0, len(x) * F, F)[:, None] + torch.tensor(prefixes)).flatten()
+        ends = nn.functional.pad(torch.searchsorted(key, block_ends), (1, 0))
+        cell = torch.repeat_interleave(torch.arange(len(block_ends)), ends.diff())
         if self.buffer is None or self.buffer.shape != (len(x), len(prefixes), x.shape[1]):
             self.buffer = x.new_empty(len(x), len(prefixes), x.shape[1])
-        loss, residual, d_values = sparse_loss(x, values, index, sae.W_dec, prefixes, self.cfg.weights(), self.buffer, position)
-        latent = index % F
-        block = torch.bucketize(latent if position is None else position[latent], torch.tensor(prefixes), right=True)
-        sparse_gradients(sae, x, values, d_values, index, self.buffer, block)
-        return values, index, loss, residual
+        loss, d_values = sparse_loss(x, values, latent, ends, sae.W_dec, weights, self.buffer)
+        write_gradients(sae, x, values, d_values, cell, latent, self.buffer)
+        return values, index, loss
 
     def dense_step(self, x):
         """The same by autograd of the literal formula."""
@@ -527,9 +516,19 @@ class Trainer:
             index = batch_topk(pre, *self.selection(x))
             acts = pre * torch.zeros_like(pre).view(-1).index_fill_(0, index, 1.0).view_as(pre)
             acts_in_order, W_dec = (acts, sae.W_dec) if order is None else (acts[:, order], sae.W_dec[order])
-            loss, recon = nested_loss(x, acts_in_order, W_dec, sae.b_dec, self.prefixes(), self.cfg.weights())
+            loss, _ = nested_loss(x, acts_in_order, W_dec, sae.b_dec, self.prefixes(), self.cfg.weights())
         self.scaler.scale(loss).backward()
-        return acts.detach().view(-1)[index], index, loss.detach(), (x - recon).detach()
+        return acts.detach().view(-1)[index], index, loss.detach()
+
+    def revive(self, x, values, index, dead):
+        """Add the gradients of AuxK on the latents ``dead`` (indices); return its part of the loss."""
+        F = len(self.energy)
+        ends = torch.searchsorted(index // F, torch.arange(len(x) + 1, device=index.device))
+        residual = x - self.sae.b_dec.detach() - bags(values.float(), index % F, ends, self.sae.W_dec.detach())
+        with self.autocast():
+            loss = self.cfg.aux_coef * aux_loss(self.sae, x, residual, dead)
+        self.scaler.scale(loss).backward()
+        return loss.detach()
 
     def prefixes(self):
         """This step's prefix lengths: the fixed ones, or a fresh Pareto draw. The last takes in the spare latents."""
