@@ -255,14 +255,17 @@ def train(acts, device, out, config, spare, baseline, resume, init_from, save_mi
 def processes(device):
     """(this process's device, whether it is the first): joins the processes that torchrun started, if it did."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    if "LOCAL_RANK" not in os.environ:
-        yield device, True
-        return
-    on_cuda = device == "cuda"
-    device = f"cuda:{os.environ['LOCAL_RANK']}" if on_cuda else device
-    torch.distributed.init_process_group("nccl" if on_cuda else "gloo", device_id=torch.device(device) if on_cuda else None)
-    yield device, torch.distributed.get_rank() == 0
-    torch.distributed.destroy_process_group()
+    try:
+        if "LOCAL_RANK" not in os.environ:
+            yield device, True
+            return
+        on_cuda = device == "cuda"
+        device = f"cuda:{os.environ['LOCAL_RANK']}" if on_cuda else device
+        torch.distributed.init_process_group("nccl" if on_cuda else "gloo", device_id=torch.device(device) if on_cuda else None)
+        yield device, torch.distributed.get_rank() == 0
+        torch.distributed.destroy_process_group()
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @contextlib.contextmanager

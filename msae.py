@@ -38,7 +38,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import distributed, nn
 
 # ---------------------------------------------------------------------------------------------------------- 1. settings
@@ -329,7 +329,7 @@ class MatryoshkaSAE(nn.Module):
                "apply_b_dec_to_input": True, "normalize_activations": "none", "reshape_activations": "none",
                "metadata": {"sae_lens_version": "6.0.0", "prefixes": list(self.prefixes), **self.metadata}}
         with atomic(folder / WEIGHTS) as path:
-            save_file(tensors, path)
+            path.write_bytes(save(tensors))
         with atomic(folder / CONFIG) as path:
             path.write_text(json.dumps(cfg, indent=2))
 
@@ -725,15 +725,13 @@ def train(acts, cfg, *, device="cpu", out=None, resume=False, init_from=None, sa
         for x in prefetch(itertools.islice(batches, cfg.steps - trainer.steps_done), pin=device.type == "cuda"):
             try:
                 loss = trainer.step(x)
-            except RuntimeError as error:
-                if world == 1:
-                    raise
+                stop = agreed(received, trainer.steps_done, device)
+            except ConnectionError:
                 checkpoint()
-                raise ConnectionError(f"lost another process in step {trainer.steps_done + 1}: {str(error).splitlines()[0]}") from None
-            stop = agreed(received, trainer.steps_done, device)
+                raise
             log = trainer.steps_done % log_every == 0 or trainer.steps_done == cfg.steps
-            save = stop or time.monotonic() - saved > 60 * save_minutes
-            if log or save:
+            due = stop or time.monotonic() - saved > 60 * save_minutes
+            if log or due:
                 _require(math.isfinite(loss), f"training diverged by step {trainer.steps_done}, try a lower lr: loss", float(loss))
             if log:
                 rate = (trainer.steps_done - since) * cfg.batch_size / (time.monotonic() - logged)
@@ -745,7 +743,7 @@ def train(acts, cfg, *, device="cpu", out=None, resume=False, init_from=None, sa
                     on_log(figures)
             if stop:
                 break
-            if save:
+            if due:
                 checkpoint()
                 saved = time.monotonic()
         return checkpoint()
@@ -758,20 +756,23 @@ def process_place():
 
 
 def average(*tensors):
-    """Replace each tensor by its mean over the processes."""
+    """Replace each tensor by its mean over the processes; ``ConnectionError`` if one of them is gone."""
     for tensor in tensors:
-        tensor = tensor if tensor.is_contiguous() else tensor.T
-        distributed.all_reduce(tensor)
+        try:
+            distributed.all_reduce(tensor if tensor.is_contiguous() else tensor.T)
+        except RuntimeError as error:
+            raise ConnectionError(f"another process of this run is lost: {str(error).split('. ')[0]}") from None
         tensor /= process_place()[1]
 
 
 def agreed(flag, step, device):
     """Whether the flag is set in any process; several processes ask each other in every tenth step only."""
-    if process_place()[1] == 1 or step % 10:
-        return bool(flag) and process_place()[1] == 1
-    flag = torch.tensor(float(bool(flag)), device=device)
-    distributed.all_reduce(flag, distributed.ReduceOp.MAX)
-    return bool(flag)
+    if process_place()[1] == 1:
+        return bool(flag)
+    if step % 10:
+        return False
+    average(share := torch.tensor(float(bool(flag)), device=device))
+    return bool(share)
 
 
 @contextlib.contextmanager
@@ -1196,7 +1197,7 @@ def check_device(device):
 def save_state(folder, state, origin):
     """Write what ``Trainer.load_state_dict`` needs, with ``origin``: the settings and rows that a resumed run must share."""
     with atomic(Path(folder) / STATE) as path:
-        save_file(state, path, {"origin": json.dumps(origin)})
+        path.write_bytes(save(state, {"origin": json.dumps(origin)}))
 
 
 def load_state(folder, origin):
@@ -1251,7 +1252,7 @@ def atomic(path):
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
+    except OSError as error:
         raise OSError(f"{path} could not be written, the file there before is untouched: {error}") from None
     finally:
         temporary.unlink(missing_ok=True)

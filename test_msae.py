@@ -603,6 +603,50 @@ def test_a_full_disk_is_one_line_and_the_checkpoint_before_still_loads(acts, tmp
     assert before == {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
 
 
+# ------------------------------------------------------------------------------------------------------ many processes
+
+needs_gloo = pytest.mark.skipif(not torch.distributed.is_available() or not torch.distributed.is_gloo_available(), reason="needs gloo")
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2")
+TWO = """
+import sys, numpy as np, torch, test_msae as t, msae
+torch.distributed.init_process_group("gloo")
+sae = msae.train(np.load("acts.npy"), t.config(**t.EVERYTHING | dict(steps=400, lr=0.01)), log_every=400)
+sae.save(f"rank{torch.distributed.get_rank()}")
+"""
+
+
+@needs_gloo
+def test_two_processes_stay_identical_and_train_as_well_as_one(tmp_path):
+    data = rows(20_000)
+    np.save(tmp_path / "acts.npy", data[:16_000])
+    (tmp_path / "two.py").write_text(TWO)
+    subprocess.run([*TORCHRUN, "two.py"], cwd=tmp_path, check=True, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)})
+    first, second = (tmp_path / f"rank{rank}" / msae.WEIGHTS for rank in (0, 1))
+    assert first.read_bytes() == second.read_bytes()
+    alone = msae.train(data[:16_000], config(**{**EVERYTHING, "steps": 400, "lr": 0.01}))
+    ours, one = (msae.evaluate(sae, data[16_000:]) for sae in (msae.MatryoshkaSAE.load(first.parent), alone))
+    assert ours["fvu"] == pytest.approx(one["fvu"], rel=0.02) and ours["l0"] == pytest.approx(4.5, rel=0.03)
+
+
+@needs_gloo
+@pytest.mark.parametrize("how", ["lost process", "Ctrl-C"])
+def test_a_lost_process_or_ctrl_c_ends_the_job_with_a_checkpoint_to_resume(acts, tmp_path, how):
+    arguments = ["cli.py", *map(str, run_arguments(acts, tmp_path / "run", steps=10**6))]
+    process = subprocess.Popen([*TORCHRUN, *arguments], cwd=HERE, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True)
+    while not (line := process.stdout.readline()).startswith("train  step 50/"):
+        assert line, "ended too early"
+    if how == "Ctrl-C":
+        os.killpg(process.pid, signal.SIGINT)
+    else:
+        workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+        os.kill(int(workers[-1]), signal.SIGKILL)
+    output = process.communicate()[0]
+    assert process.returncode != 0 and "go on with\n  torchrun --nproc-per-node 2 cli.py train" in output
+    assert how == "Ctrl-C" or "another process of this run is lost" in output
+    assert safetensors.torch.load_file(tmp_path / "run" / msae.STATE)["steps_done"] >= 50
+
+
 # ------------------------------------------------------------------------------------------------------------------ toy
 
 TREE = {"active_prob": 1.0, "is_read_out": False, "children": [
