@@ -339,11 +339,13 @@ def bench(latents, d_model, batch_size, k, steps, device, dtype):
     times = [(clock(product), clock(lambda: trainer.step(x))) for _ in range(steps + 3)][3:]  # in turn, so that drift cancels
     alone, step = (statistics.median(t) for t in zip(*times))
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_memory()
-    table = new_table("", "", title=f"batch {batch_size:,}, width {d_model:,}, {latents:,} latents, k {k:g}, {trainer.dtype} on {device}", show_header=False)
+    table = new_table("", "", show_header=False)
     table.add_row("encoder product alone", f"{1e3 * alone:.1f} ms")
     table.add_row("training step", f"{1e3 * step:.1f} ms, {step / alone:.2f} x the product")
     table.add_row("rows per second", f"{batch_size / step:,.0f}")
     table.add_row("peak memory", f"{peak / 2**20:,.0f} MiB" if peak else "not known here")
+    console.print(f"batch {batch_size:,}, width {d_model:,}, {latents:,} latents, k {k:g}, {len(trainer.prefixes())} prefixes, "
+                  f"{trainer.dtype} on {device}", highlight=False)
     console.print(table)
 
 

@@ -1056,11 +1056,10 @@ class Rows:
             if begin >= stop:
                 break
             low, high = max(start, begin), min(stop, begin + part.n)
-            with np.errstate(over="ignore"):
-                rows[low - start:high - start] = part.read(low - begin, high - begin)
-            finite = np.isfinite(rows[low - start:high - start]).all(axis=1)
+            to_float32(part.read(low - begin, high - begin), rows[low - start:high - start])
+            finite = np.isfinite(rows[low - start:high - start])
             if not finite.all():
-                raise ValueError(f"{part.name} has a NaN or infinite value (as float32) in row {low - begin + int(finite.argmin())}")
+                raise ValueError(f"{part.name} has a NaN or infinite value (as float32) in row {low - begin + int(finite.all(axis=1).argmin())}")
         skipped = self.skip[slice(*np.searchsorted(self.skip, (start, stop)))]
         return np.delete(rows, skipped - start, axis=0) if len(skipped) else rows
 
@@ -1156,6 +1155,15 @@ def _read_file(path, dtype, offset, d_model, start, stop):
     if len(values) < (stop - start) * d_model:
         raise OSError(f"{path} became shorter while it was read: row {stop - 1} is missing")
     return values.reshape(-1, d_model)
+
+
+def to_float32(rows, out):
+    """Convert ``rows`` (n, D) into ``out``. For float16 torch is 10 times faster than numpy, and slices this small leave
+    the threads of the training step alone."""
+    rows = rows.astype(rows.dtype.newbyteorder("="), copy=not rows.flags.writeable)  # torch warns of memory it must not write to
+    size = max(1, 32_767 // rows.shape[1])
+    for start in range(0, len(rows), size):
+        torch.from_numpy(out[start:start + size]).copy_(torch.from_numpy(rows[start:start + size]))
 
 
 def _open_npy(path):
