@@ -695,20 +695,13 @@ def train(acts, cfg, *, device="cpu", out=None, resume=False, init_from=None, sa
     ``ValueError`` for bad rows, or rows or a config other than those resumed; ``OSError`` if ``out`` is in use or full.
     """
     device, (rank, world) = check_device(device), process_place()
-    _require(cfg.batch_size % world == 0, f"batch_size must be a multiple of the number of processes {world}", cfg.batch_size)
-    data, aside = (acts if hasattr(acts, "batches") else Rows(acts)).split_off(0.05, cfg.seed)
-    sample, aside = data.sample(ASIDE, cfg.seed), aside.sample(ASIDE, cfg.seed)
-    scale = float(torch.linalg.vector_norm(sample, dtype=torch.float64)) / len(sample) ** 0.5
-    _require(scale > 0, "the rows must not all be zero: root mean squared norm", scale)
-    trainer = Trainer(cfg, data.d_model, device, sample.mean(dim=0, dtype=torch.float64), scale)
-    origin = {**dataclasses.asdict(cfg), "rows": len(data) if isinstance(data, Rows) else None, "width": data.d_model,
-              "checksum of a sample of the rows": hashlib.sha256(sample.numpy()).hexdigest()[:16], "processes": world}
+    trainer, data, aside, origin = _begin(acts, cfg, device, world)
     if resume:
         trainer.load_state_dict(load_state(out, origin))
     elif init_from is not None:
         trainer.start_from(MatryoshkaSAE.load(init_from, device))
     batches = data.batches(cfg.batch_size // world, cfg.seed, trainer.steps_done, rank, world)
-    folder = output_folder(out, own={f".{STATE}.tmp"} if not resume else None) if out is not None and rank == 0 else None
+    folder = output_folder(out, own=None if resume else {f".{STATE}.tmp"}) if out is not None and rank == 0 else None
 
     def checkpoint():
         sae = trainer.export()
@@ -718,11 +711,18 @@ def train(acts, cfg, *, device="cpu", out=None, resume=False, init_from=None, sa
             sae.save(folder)
         return sae
 
+    def report(x, loss, rate):
+        figures = {"step": trainer.steps_done, "loss": loss, **trainer.measure(x[:512]), "rows_per_second": round(rate)}
+        if metrics:
+            print(json.dumps(figures), file=metrics, flush=True)
+        if on_log:
+            on_log(figures)
+
     if folder and not resume:
         checkpoint()
     with metrics_file(folder, trainer.steps_done) as metrics, deferred_signals() as received:
-        (since, logged), saved = (trainer.steps_done, time.monotonic()), time.monotonic()
-        for x in prefetch(itertools.islice(batches, cfg.steps - trainer.steps_done), pin=device.type == "cuda"):
+        logged, saved, first = time.monotonic(), time.monotonic(), trainer.steps_done
+        for x in prefetch(itertools.islice(batches, cfg.steps - first), pin=device.type == "cuda"):
             try:
                 loss = trainer.step(x)
                 stop = agreed(received, trainer.steps_done, device)
@@ -734,19 +734,27 @@ def train(acts, cfg, *, device="cpu", out=None, resume=False, init_from=None, sa
             if log or due:
                 _require(math.isfinite(loss), f"training diverged by step {trainer.steps_done}, try a lower lr: loss", float(loss))
             if log:
-                rate = (trainer.steps_done - since) * cfg.batch_size / (time.monotonic() - logged)
-                since, logged = trainer.steps_done, time.monotonic()
-                figures = {"step": trainer.steps_done, "loss": float(loss), **trainer.measure(x[:512]), "rows_per_second": round(rate)}
-                if metrics:
-                    print(json.dumps(figures), file=metrics, flush=True)
-                if on_log:
-                    on_log(figures)
+                report(x, float(loss), (trainer.steps_done - first) * cfg.batch_size / (time.monotonic() - logged))
+                logged, first = time.monotonic(), trainer.steps_done
             if stop:
                 break
             if due:
                 checkpoint()
                 saved = time.monotonic()
         return checkpoint()
+
+
+def _begin(acts, cfg, device, world):
+    """(trainer, training rows, rows (n, D) for calibration, the settings and rows that a resumed run must share)."""
+    _require(cfg.batch_size % world == 0, f"batch_size must be a multiple of the number of processes {world}", cfg.batch_size)
+    data, aside = (acts if hasattr(acts, "batches") else Rows(acts)).split_off(0.05, cfg.seed)
+    sample = data.sample(ASIDE, cfg.seed)
+    scale = float(torch.linalg.vector_norm(sample, dtype=torch.float64)) / len(sample) ** 0.5
+    _require(scale > 0, "the rows must not all be zero: root mean squared norm", scale)
+    trainer = Trainer(cfg, data.d_model, device, sample.mean(dim=0, dtype=torch.float64), scale)
+    origin = {**dataclasses.asdict(cfg), "rows": len(data) if isinstance(data, Rows) else None, "width": data.d_model,
+              "checksum of a sample of the rows": hashlib.sha256(sample.numpy()).hexdigest()[:16], "processes": world}
+    return trainer, data, aside.sample(ASIDE, cfg.seed), origin
 
 
 def process_place():
