@@ -548,7 +548,7 @@ class Trainer:
 
     def selection(self, x):
         """(number of entries to keep at this step's k, floor under which the search need not look)."""
-        return round(self.cfg.k_at(self.steps_done) * len(x)), 0.95 * float(self.cut)
+        return round(self.cfg.k_at(self.steps_done) * len(x)), 0.9 * float(self.cut)
 
     @torch.no_grad()
     def prune(self, n):
