@@ -246,7 +246,7 @@ def entries_above(floor, x, W_enc, b_enc):
     The only dense B x D x F product of a sparse step, a few latents at a time: their block is searched while in the cache.
     """
     (B, _), F, parts = x.shape, len(b_enc), []
-    width = max(1, 2 * CACHED // B)
+    width = max(1, 4 * CACHED // B)
     for start in range(0, F, width):
         end = min(start + width, F)
         pre = torch.addmm(b_enc[start:end], x, W_enc[:, start:end])
@@ -370,7 +370,7 @@ def nested_loss(x, acts, W_dec, b_dec, prefixes, weights=None):
     return loss, recon
 
 
-CACHED = 1 << 20  # numbers in the blocks that the sparse step works on, 4 MiB: their next use finds them in the cache
+CACHED = 1 << 19  # numbers in the blocks that the sparse step works on, 2 MiB: their next use finds them in the cache
 
 
 def sparse_loss(x, values, latent, ends, W_dec, weights, G):

@@ -139,7 +139,7 @@ def test_batch_topk_keeps_exactly_n_and_the_first_of_equals(values, floor):
 @pytest.mark.parametrize("floor", [0.0, 0.5, 100.0])
 @pytest.mark.parametrize("n, bias", [(17, 0.0), (260, 0.0), (17, -9.0)], ids=["some", "all positive", "none positive"])
 def test_search_by_blocks_of_latents_equals_the_search_of_the_whole_matrix(monkeypatch, n, bias, floor):
-    monkeypatch.setattr(msae, "CACHED", 20)  # blocks of 5 latents
+    monkeypatch.setattr(msae, "CACHED", 10)  # blocks of 5 latents
     g = torch.Generator().manual_seed(0)
     x, W_enc, b_enc = (torch.randint(-2, 3, shape, generator=g).float() for shape in ((8, 6), (6, 33), (33,)))  # with many ties
     pre = torch.relu(x @ W_enc + b_enc + bias)
