@@ -142,6 +142,30 @@ def test_batch_topk_keeps_exactly_n_and_the_first_of_equals(values, floor):
     assert msae.batch_topk(pre, 17, floor).tolist() == sorted(by_size[:17])
 
 
+@pytest.mark.parametrize("floor", [0.0, 0.5, 100.0])
+@pytest.mark.parametrize("n, bias", [(17, 0.0), (260, 0.0), (17, -9.0)], ids=["some", "all positive", "none positive"])
+def test_search_by_blocks_of_latents_equals_the_search_of_the_whole_matrix(monkeypatch, n, bias, floor):
+    monkeypatch.setattr(msae, "CACHED", 10)  # blocks of 5 latents
+    g = torch.Generator().manual_seed(0)
+    x, W_enc, b_enc = (torch.randint(-2, 3, shape, generator=g).float() for shape in ((8, 6), (6, 33), (33,)))  # with many ties
+    pre = torch.relu(x @ W_enc + b_enc + bias)
+    values, index = msae.sparse_topk(x, W_enc, b_enc + bias, n, floor)
+    assert torch.equal(index, msae.batch_topk(pre, n)) and torch.equal(values, pre.flatten()[index])
+
+
+@pytest.mark.parametrize("order", ["stored", "energy"])
+def test_no_result_depends_on_where_the_search_starts_or_on_kept_memory(order):
+    cfg, batches = config(order=order, prefixes=None, n_prefixes=4), torch.from_numpy(rows(64 * 8)).split(64)
+    through, cut_off = msae.Trainer(cfg, 16), msae.Trainer(cfg, 16)
+    for i, x in enumerate(batches):
+        through.step(x)
+        cut_off.cut = (0.0, 1e-3, 1e9)[i % 3]
+        cut_off.buffer = None
+        cut_off.optimizer.zero_grad()
+        cut_off.step(x)
+        assert all(torch.equal(a, b) for a, b in zip(through.sae.state_dict().values(), cut_off.sae.state_dict().values()))
+
+
 def test_k_is_an_average_over_the_batch():
     acts = msae.batch_topk(torch.rand(200, 20) + 0.1, round(1.2338 * 200))
     assert len(acts) == 247
