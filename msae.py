@@ -262,9 +262,10 @@ def entries_above(floor, x, W_enc, b_enc):
     width = max(1, 4 * CACHED // B)
     for start in range(0, F, width):
         end = min(start + width, F)
-        pre = torch.addmm(b_enc[start:end], x, W_enc[:, start:end])
-        row, latent = np.divmod(np.flatnonzero((pre > floor).numpy()), end - start)  # torch's nonzero is 5 times slower
-        parts.append((row, latent + start, pre.numpy()[row, latent]))
+        pre = torch.addmm(b_enc[start:end], x, W_enc[:, start:end]).numpy().ravel()
+        above = np.flatnonzero(pre > floor)  # 3 ms for 6 million numbers, torch 14
+        row, latent = np.divmod(above, end - start)
+        parts.append((row, latent + start, pre[above]))
     row, latent, values = map(np.concatenate, zip(*parts))
     order = stable_order(row, B)
     return torch.from_numpy(values[order]), torch.from_numpy((row * F + latent)[order])
@@ -413,7 +414,7 @@ def sparse_loss(x, values, latent, ends, W_dec, weights, G):
         warnings.simplefilter("ignore")
         entries = torch.sparse_csr_tensor(ends.int(), latent.int(), torch.zeros_like(values), (B * P, len(W_dec)), check_invariants=False)
     d_values = torch.sparse.sampled_addmm(entries, G.flatten(0, 1), W_dec.T).values()
-    return (values @ d_values - torch.einsum("bd,bd->", G[:, 0], x)) / 2, d_values
+    return (values @ d_values - (G[:, 0] * x).sum()) / 2, d_values
 
 
 def bags(values, index, ends, rows):
