@@ -679,11 +679,9 @@ class Trainer:
         """Go on from ``state``, bit for bit on the CPU."""
         moments = {}
         for i, (name, parameter) in enumerate(self.sae.named_parameters()):
-            own = {key: value for key, value in state.items() if key.split(".")[0] == name}
-            if name == "W_enc":  # laid out as its transpose, as at the start
-                own = {key: value.T.contiguous().T if value.ndim == 2 else value for key, value in own.items()}
-            parameter.data = own.pop(name).to(self.device)
-            moments[i] = {key.split(".")[1]: value for key, value in own.items()}
+            value = state[name].to(self.device)
+            parameter.data = value.T.contiguous().T if name == "W_enc" else value  # stored as its transpose, as at the start
+            moments[i] = {key.split(".")[1]: value for key, value in state.items() if key.startswith(f"{name}.")}
         started = {i: values for i, values in moments.items() if values}
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": started})
         self.sae.threshold.copy_(state["threshold"])
