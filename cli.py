@@ -241,7 +241,7 @@ def train(acts, device, out, config, spare, baseline, resume, init_from, save_mi
         figures = {}
         for name, own, where in (("matryoshka", cfg, folder), ("vanilla", cfg.vanilla(), folder / "vanilla"))[: 1 + baseline]:
             again = resume and (name == "matryoshka" or (where / msae.STATE).exists())
-            with progress() as bar, resume_hint(where, folder, out):
+            with resume_hint(where, folder, out), progress() as bar:
                 sae = msae.train(rows, own, device=device, out=where, resume=again, init_from=init_from, save_minutes=save_minutes,
                                  on_log=bar.reporter(name if baseline else "train", own) if first else None)
             figures[name] = msae.evaluate(sae, held_out) if first else None
@@ -365,8 +365,9 @@ class progress:
     """A live line per training run in a terminal, a plain line every few seconds elsewhere."""
 
     def __enter__(self):
-        self.bar = Progress(TextColumn("{task.description}"), BarColumn(bar_width=10), TextColumn("{task.fields[figures]}"),
-                            console=console, disable=not console.is_terminal)
+        self.wide = console.width >= 95 or not console.is_terminal
+        columns = (TextColumn("{task.description}"), BarColumn(bar_width=10), TextColumn("{task.fields[figures]}"))
+        self.bar = Progress(*(columns if self.wide else columns[::2]), console=console, disable=not console.is_terminal)
         self.bar.start()
         return self
 
@@ -380,8 +381,9 @@ class progress:
         def show(figures):
             nonlocal shown
             left = datetime.timedelta(seconds=round((cfg.steps - figures["step"]) * cfg.batch_size / figures["rows_per_second"]))
-            line = (f"{figures['step']}/{cfg.steps}  {figures['rows_per_second']:,.0f} rows/s  {left} left  "
-                    f"FVU {figures['fvu']:.3f}  L0 {figures['l0']:.1f}  dead {figures['dead']:.1%}")
+            rate, dead = f"{figures['rows_per_second']:,.0f} rows/s  ", f"  dead {figures['dead']:.1%}"
+            line = f"{figures['step']}/{cfg.steps}  {rate if self.wide else ''}{left} left  FVU {figures['fvu']:.3f}  L0 {figures['l0']:.1f}"
+            line += dead if self.wide else ""
             self.bar.update(task, completed=figures["step"], figures=line)
             if not console.is_terminal and (figures["step"] == cfg.steps or time.monotonic() - shown > 10):
                 shown = time.monotonic()

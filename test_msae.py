@@ -296,7 +296,7 @@ def test_b_dec_starts_at_the_mean_and_the_encoder_as_the_decoder():
     assert torch.equal(trainer.sae.W_enc, trainer.sae.W_dec.T)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_autocast_trains_with_float32_weights(dtype):
     sae = msae.train(rows(40_000), config(dtype=dtype, steps=200))
     assert {p.dtype for p in sae.state_dict().values()} == {torch.float32}
