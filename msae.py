@@ -758,6 +758,7 @@ def train(acts, cfg, *, device="cpu", out=None, resume=False, init_from=None, sa
 def _begin(acts, cfg, device, world):
     """(trainer, training rows, rows (n, D) for calibration, the settings and rows that a resumed run must share)."""
     _require(cfg.batch_size % world == 0, f"batch_size must be a multiple of the number of processes {world}", cfg.batch_size)
+    _require(round(min(cfg.k, cfg.k_start or cfg.k) * cfg.batch_size / world) >= 1, f"k must leave each of {world} processes an active entry", cfg.k)
     data, aside = (acts if hasattr(acts, "batches") else Rows(acts)).split_off(0.05, cfg.seed)
     sample = data.sample(ASIDE, cfg.seed)
     scale = float(torch.linalg.vector_norm(sample, dtype=torch.float64)) / len(sample) ** 0.5

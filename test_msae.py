@@ -846,6 +846,25 @@ def test_cuda_without_cuda_is_refused(acts, tmp_path, monkeypatch):
     assert "'cuda' is not available" in run("train", "--acts", acts, "--latents", 32, "--batch-size", 64, "--device", "cuda", code=1)
 
 
+def test_baseline_trains_the_vanilla_twin_and_resume_finds_the_newest_folder(acts, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["train", "--acts", acts, "--latents", 32, "--k", 4, "--steps", 60, "--batch-size", 128]
+    for more in ([], ["--baseline"], ["--baseline", "--resume"]):  # the second makes runs/acts-32-2, the third resumes it
+        output = run(*arguments, *more)
+    assert "saved runs/acts-32-2" in output and not Path("runs/acts-32-3").exists()
+    assert re.search(r"vanilla +32 +0\.\d{4} +\d\.\d\d +\d+\.\d\d% +0\.\d{3}", output) and "matryoshka" in output
+    ours, vanilla = (msae.MatryoshkaSAE.load(Path("runs/acts-32-2") / name) for name in ("", "vanilla"))
+    assert vanilla.prefixes == (32,) and ours.prefixes == (2, 4, 8, 16, 32)
+    assert vanilla.metadata["training"]["seed"] == ours.metadata["training"]["seed"]
+    assert "nothing to resume" in run(*arguments, "--resume", "--out", "elsewhere", code=1)
+
+
+def test_bench_shows_the_step_beside_the_product():
+    output = run("bench", "--latents", 64, "--d-model", 32, "--batch-size", 64, "--k", 4, "--steps", 1, "--device", "cpu")
+    assert "encoder product alone" in output and "x the product" in output and "MiB" in output
+    assert "got 65" in run("bench", "--latents", 64, "--k", 65, code=1)
+
+
 def test_toy_refuses_a_folder_with_other_files_and_a_bad_config(tmp_path):
     (tmp_path / "cfg.json").write_text("precious")
     assert "cfg.json" in run("toy", "--out", tmp_path, code=1)
@@ -855,7 +874,7 @@ def test_toy_refuses_a_folder_with_other_files_and_a_bad_config(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("command", [[], ["toy"], ["train"]])
+@pytest.mark.parametrize("command", [[], ["toy"], ["train"], ["bench"]])
 def test_help_shows_an_example(command):
     output = run(*command, "--help")
     assert not command or f"python cli.py {command[0]}" in output
