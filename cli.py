@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import functools
 import json
 import math
 import os
@@ -41,6 +42,10 @@ class Commands(click.Group):
             raise click.ClickException(f"{error.filename}: {error.strerror}" if error.filename else str(error)) from None
         except ValueError as error:
             raise click.ClickException(str(error)) from None
+        except RuntimeError as error:
+            if "allocate" not in str(error) and "out of memory" not in str(error):
+                raise
+            raise click.ClickException(f"not enough memory, try fewer latents or a smaller batch: {str(error).splitlines()[0][:200]}") from None
         except KeyboardInterrupt:
             click.echo("interrupted", err=True)
             raise SystemExit(130) from None
@@ -229,11 +234,12 @@ def train(acts, device, out, config, spare, baseline, resume, init_from, save_mi
       torchrun --nproc-per-node 2 cli.py train --acts acts.npy --latents 3072
     """
     settings = {**(msae.read_json(config) if config else {}), **{name: v for name, v in options.items() if v is not None}}
-    if options["n_prefixes"] is not None and options["prefixes"] is None:
-        settings.pop("prefixes", None)
-    if isinstance(settings.get("n_latents"), int):
+    for given, other in (("n_prefixes", "prefixes"), ("prefixes", "n_prefixes")):
+        if options[given] is not None and options[other] is None:
+            settings.pop(other, None)
+    if isinstance(settings.get("n_latents"), int) and (spare is not None or "n_latents_start" not in settings):
         share = spare if spare is not None else 0.0 if init_from else 0.25
-        settings.setdefault("n_latents_start", settings["n_latents"] + round(share * settings["n_latents"]))
+        settings["n_latents_start"] = settings["n_latents"] + round(share * settings["n_latents"])
     cfg = msae.TrainConfig.from_dict(settings)
     with processes(device) as (device, first):
         rows, held_out = msae.Rows(acts).split_off(0.1, cfg.seed)
@@ -242,8 +248,8 @@ def train(acts, device, out, config, spare, baseline, resume, init_from, save_mi
         for name, own, where in (("matryoshka", cfg, folder), ("vanilla", cfg.vanilla(), folder / "vanilla"))[: 1 + baseline]:
             again = resume and (name == "matryoshka" or (where / msae.STATE).exists())
             with resume_hint(where, folder, out), progress() as bar:
-                sae = msae.train(rows, own, device=device, out=where, resume=again, init_from=init_from, save_minutes=save_minutes,
-                                 on_log=bar.reporter(name if baseline else "train", own) if first else None)
+                sae = msae.train(rows, own, device=device, out=where, resume=again, save_minutes=save_minutes,
+                                 init_from=init_from if name == "matryoshka" and not again else None, on_log=bar.reporter(name if baseline else "train", own) if first else None)
             figures[name] = msae.evaluate(sae, held_out) if first else None
     if first:
         console.print(figures_table(figures))
@@ -259,8 +265,11 @@ def processes(device):
         if "LOCAL_RANK" not in os.environ:
             yield device, True
             return
-        on_cuda = device == "cuda"
+        on_cuda = device.startswith("cuda")
+        if on_cuda and device != "cuda":
+            raise click.BadParameter(f"{device!r} must have no number under torchrun, which gives each process its own", param_hint="--device")
         device = f"cuda:{os.environ['LOCAL_RANK']}" if on_cuda else device
+        msae.check_device(device)
         torch.distributed.init_process_group("nccl" if on_cuda else "gloo", device_id=torch.device(device) if on_cuda else None)
         yield device, torch.distributed.get_rank() == 0
         torch.distributed.destroy_process_group()
@@ -321,24 +330,19 @@ def bench(latents, d_model, batch_size, k, steps, device, dtype):
     device = msae.check_device(device)
     trainer = msae.Trainer(msae.TrainConfig(n_latents=latents, k=k, batch_size=batch_size, dtype=dtype), d_model, device)
     x = (torch.randn(batch_size, 8) @ torch.randn(8, d_model) / 2 + torch.randn(batch_size, d_model)).to(device) / d_model**0.5
-    W = torch.randn(d_model, latents, device=device)
-
-    def product():
-        with torch.no_grad(), trainer.autocast():
-            return x @ W
+    a, W = (t.to(getattr(torch, trainer.dtype)) for t in (x, torch.randn(d_model, latents, device=device)))
+    product, synchronize = a @ W, functools.partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
 
     def clock(call):
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        synchronize()
         started = time.perf_counter()
         call()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        synchronize()
         return time.perf_counter() - started
 
-    times = [(clock(product), clock(lambda: trainer.step(x))) for _ in range(steps + 3)][3:]  # in turn, so that drift cancels
+    times = [(clock(lambda: torch.mm(a, W, out=product)), clock(lambda: trainer.step(x))) for _ in range(steps + 3)][3:]  # in turn: drift cancels
     alone, step = (statistics.median(t) for t in zip(*times))
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_memory()
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_memory()
     table = new_table("", "", show_header=False)
     table.add_row("encoder product alone", f"{1e3 * alone:.1f} ms")
     table.add_row("training step", f"{1e3 * step:.1f} ms, {step / alone:.2f} x the product")
@@ -380,7 +384,7 @@ class progress:
 
         def show(figures):
             nonlocal shown
-            left = datetime.timedelta(seconds=round((cfg.steps - figures["step"]) * cfg.batch_size / figures["rows_per_second"]))
+            left = datetime.timedelta(seconds=round((cfg.steps - figures["step"]) * cfg.batch_size / max(1, figures["rows_per_second"])))
             rate, dead = f"{figures['rows_per_second']:,.0f} rows/s  ", f"  dead {figures['dead']:.1%}"
             line = f"{figures['step']}/{cfg.steps}  {rate if self.wide else ''}{left} left  FVU {figures['fvu']:.3f}  L0 {figures['l0']:.1f}"
             line += dead if self.wide else ""

@@ -245,7 +245,7 @@ def sparse_topk(x, W_enc, b_enc, n, floor=0.0):
     Exact for every ``floor``: when fewer than ``n`` entries lie above it, the search starts again lower, at 0.7 of the cut
     among a few of the rows, and at last from 0.
     """
-    values, index = entries_above(floor, x, W_enc, b_enc) if floor > 0 else ((), ())
+    values, index = entries_above(floor, x, W_enc, b_enc) if floor > 0 else (b_enc[:0], None)
     if len(values) < n:
         some = torch.addmm(b_enc, x[:: max(1, len(x) // 64)], W_enc).flatten()
         floor = 0.7 * float(some.topk(max(1, round(n / len(x) / W_enc.shape[1] * len(some)))).values[-1])
@@ -374,9 +374,9 @@ class MatryoshkaSAE(nn.Module):
 
 
 def nested_loss(x, acts, W_dec, b_dec, prefixes, weights=None):
-    """Nested reconstruction loss and the full reconstruction: ``sum_p w_p mean_B |x - b_dec - acts[:, :p] @ W_dec[:p]|^2``.
+    """Nested reconstruction loss: ``sum_p w_p mean_B |x - b_dec - acts[:, :p] @ W_dec[:p]|^2``.
 
-    ``x (B, D)``, ``acts (B, F)``, ``W_dec (F, D)``, ``b_dec (D,)`` -> scalar, (B, D). ``weights`` default to 1/P each.
+    ``x (B, D)``, ``acts (B, F)``, ``W_dec (F, D)``, ``b_dec (D,)`` -> scalar. ``weights`` default to 1/P each.
     Each block of latents between two prefixes is decoded once. Learning rates do not transfer from the peers:
     dictionary_learning weighs each term 1/P^2, SAELens 1, bartbussmann adds a level of ``b_dec`` alone.
     """
@@ -386,7 +386,7 @@ def nested_loss(x, acts, W_dec, b_dec, prefixes, weights=None):
         recon = recon + acts[:, start:end] @ W_dec[start:end]
         loss = loss + weight * (x - recon).pow(2).sum(dim=1).mean()
         start = end
-    return loss, recon
+    return loss
 
 
 CACHED = 1 << 19  # numbers in the blocks that the sparse step works on, 2 MiB: their next use finds them in the cache
@@ -405,8 +405,7 @@ def sparse_loss(x, values, latent, ends, W_dec, weights, G):
     matrix here, on a CPU twice as fast as ``torch.sparse`` has it.
     """
     (B, D), P = x.shape, len(weights)
-    after = torch.tensor(weights).flip(0).cumsum(0).flip(0) * (2 / B)
-    K = after[torch.maximum(torch.arange(P)[:, None], torch.arange(P))]
+    K = torch.tensor([[2 / B * sum(weights[max(i, j):]) for j in range(P)] for i in range(P)])
     size = max(1, CACHED // (P * D))
     for start in range(0, B, size):
         end = min(start + size, B)
@@ -499,16 +498,14 @@ class Trainer:
         self.buffer = None  # of the sparse step, kept as fresh memory is slow
 
     def autocast(self):
-        """Autocast to the configured dtype; a null context for float32."""
-        if self.dtype == "float32":
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, getattr(torch, self.dtype))
+        """Autocast to the configured dtype; without effect for float32."""
+        return torch.autocast(self.device.type, getattr(torch, self.dtype), enabled=self.dtype != "float32")
 
     def step(self, x):
         """Take one optimizer step on raw rows ``x`` (B, D); return the loss, a scalar on the device."""
         if (n := self.cfg.latents_at(self.steps_done)) < len(self.energy):
             self.prune(n)
-        x = x.to(self.device, torch.float32) / self.scale
+        x = x.to(self.device, torch.float32, non_blocking=True) / self.scale
         values, index, loss = self.sparse_step(x) if self.sparse else self.dense_step(x)
         dead = (self.rows_silent >= self.cfg.dead_after).nonzero().squeeze(1)
         if len(dead) and self.cfg.aux_coef:
@@ -548,7 +545,7 @@ class Trainer:
             index = batch_topk(pre, *self.selection(x))
             acts = pre * torch.zeros_like(pre).view(-1).index_fill_(0, index, 1.0).view_as(pre)
             acts_in_order, W_dec = (acts, sae.W_dec) if order is None else (acts[:, order], sae.W_dec[order])
-            loss, _ = nested_loss(x, acts_in_order, W_dec, sae.b_dec, self.prefixes(), self.cfg.weights())
+            loss = nested_loss(x, acts_in_order, W_dec, sae.b_dec, self.prefixes(), self.cfg.weights())
         self.scaler.scale(loss).backward()
         return acts.detach().view(-1)[index], index, loss.detach()
 
@@ -572,7 +569,7 @@ class Trainer:
 
     def selection(self, x):
         """(number of entries to keep at this step's k, floor under which the search need not look)."""
-        return round(self.cfg.k_at(self.steps_done) * len(x)), 0.9 * float(self.cut)
+        return max(1, round(self.cfg.k_at(self.steps_done) * len(x))), 0.9 * float(self.cut)
 
     @torch.no_grad()
     def prune(self, n):
@@ -631,7 +628,7 @@ class Trainer:
 
     @torch.no_grad()
     def measure(self, x):
-        """Figures of the SAE as it would be saved now, on raw rows ``x``: {"fvu", "l0", "dead", "threshold"}."""
+        """{"fvu", "l0", "dead", "threshold"} on raw rows ``x``, at the running threshold, spare latents included."""
         x = x.to(self.device, torch.float32) / self.scale
         acts = self.sae.encode(x)
         error, total = (x - self.sae.decode(acts)).pow(2).sum(), (x - x.mean(dim=0)).pow(2).sum()
@@ -660,13 +657,13 @@ class Trainer:
     def start_from(self, sae):
         """Take over the weights of a saved SAE: the inverse of ``export``, its decoder rows made unit; ``ValueError`` for another shape."""
         shape, needed = tuple(sae.W_dec.shape), tuple(self.sae.W_dec.shape)
-        _require(shape == needed, f"the SAE to start from must have W_dec (latents, width) {needed}", shape)
+        _require(shape == needed, f"the SAE to start from must have W_dec (latents with spare ones, width) {needed}", shape)
         norm = sae.W_dec.norm(dim=1)
+        _require(bool((norm > 0).all()), "decoder rows of the SAE to start from must not be zero, number of the first", int(norm.argmin()))
         self.sae.W_enc.copy_(sae.W_enc * norm)
         self.sae.b_enc.copy_(sae.b_enc * norm / self.scale)
         self.sae.W_dec.copy_(sae.W_dec / norm[:, None])
         self.sae.b_dec.copy_(sae.b_dec / self.scale)
-        self.sae.threshold.copy_(sae.threshold / self.scale)
 
     def state_dict(self):
         """All that the next steps depend on beside the config and the rows: a flat dict of tensors."""
@@ -703,9 +700,11 @@ def train(acts, cfg, *, device="cpu", out=None, resume=False, init_from=None, sa
     at the end. SIGINT and SIGTERM are raised after the current step, once it is saved. ``resume``: go on from there.
     ``init_from``: a checkpoint whose weights a new run starts with. ``on_log``: called every ``log_every`` steps with
     {"step", "loss", "fvu", "l0", "dead", "threshold", "rows_per_second"}. Under torch.distributed each process takes its share of every batch.
-    ``ValueError`` for bad rows, or rows or a config other than those resumed; ``OSError`` if ``out`` is in use or full.
+    ``ValueError`` for bad rows, or rows or a config other than those resumed; ``OSError`` if ``out`` is
+    not empty, or the disk full.
     """
     device, (rank, world) = check_device(device), process_place()
+    _require(not resume or out is not None and init_from is None, "resume needs out and no init_from", (out, init_from))
     trainer, data, aside, origin = _begin(acts, cfg, device, world)
     if resume:
         trainer.load_state_dict(load_state(out, origin))
@@ -716,7 +715,8 @@ def train(acts, cfg, *, device="cpu", out=None, resume=False, init_from=None, sa
 
     def checkpoint():
         sae = trainer.export()
-        calibrate(sae, aside, cfg.k)
+        if trainer.steps_done:
+            calibrate(sae, aside, cfg.k)
         if folder:
             save_state(folder, trainer.state_dict(), origin)
             sae.save(folder)
@@ -732,26 +732,29 @@ def train(acts, cfg, *, device="cpu", out=None, resume=False, init_from=None, sa
     if folder and not resume:
         checkpoint()
     with metrics_file(folder, trainer.steps_done) as metrics, deferred_signals() as received:
-        logged, saved, first = time.monotonic(), time.monotonic(), trainer.steps_done
-        for x in prefetch(itertools.islice(batches, cfg.steps - first), pin=device.type == "cuda"):
+        logged, saved, first, stop = time.monotonic(), time.monotonic(), trainer.steps_done, False
+        batches = prefetch(itertools.islice(batches, cfg.steps - first), pin=device.type == "cuda")
+        while trainer.steps_done < cfg.steps and not stop:
             try:
+                x = next(batches)
                 loss = trainer.step(x)
                 stop = agreed(received, trainer.steps_done, device)
-            except ConnectionError:
-                checkpoint()
+            except (OSError, ValueError):  # a row that cannot be used, a lost process: the steps so far stand
+                if folder:
+                    checkpoint()
                 raise
             log = trainer.steps_done % log_every == 0 or trainer.steps_done == cfg.steps
-            due = stop or time.monotonic() - saved > 60 * save_minutes
-            if log or due:
+            due = time.monotonic() - saved > 60 * save_minutes
+            if log or due or stop:
                 _require(math.isfinite(loss), f"training diverged by step {trainer.steps_done}, try a lower lr: loss", float(loss))
             if log:
                 report(x, float(loss), (trainer.steps_done - first) * cfg.batch_size / (time.monotonic() - logged))
                 logged, first = time.monotonic(), trainer.steps_done
-            if stop:
-                break
-            if due:
+            if due and folder:
                 checkpoint()
                 saved = time.monotonic()
+        if stop and not received:
+            received.append(signal.SIGTERM)  # another process got it
         return checkpoint()
 
 
@@ -840,11 +843,11 @@ def evaluate(sae, rows, batch_size=4096):
         fired |= (acts > 0).any(dim=0)
         for i, end in enumerate(levels):
             recon = recon + acts[:, start:end] @ sae.W_dec[start:end]
-            error[i] += float((x - recon).double().pow(2).sum())
+            error[i] += float((x - recon).pow(2).sum(dim=1).cpu().double().sum())
             active[i] += int((acts[:, :end] > 0).sum())
             start = end
-        offset = (x - sae.b_dec).double()  # near the mean, so that the variance does not cancel
-        sums += offset.sum(dim=0).cpu()
+        offset = (x - sae.b_dec).cpu().double()  # near the mean, so that the variance does not cancel
+        sums += offset.sum(dim=0)
         squares += float(offset.pow(2).sum())
     total = squares - float(sums.pow(2).sum()) / len(rows)
     fvu = [e / total if total > 0 else math.nan for e in error.tolist()]
@@ -1041,7 +1044,7 @@ class Rows:
     """Activation rows (n, D), read as float32: of an array, a tensor, a ``.npy`` file or a folder of them in name order.
 
     float16, float32 or float64, of shape (rows, D) or (docs, positions, D). ``skip``: increasing numbers of rows to leave out.
-    Files are read block by block, so memory does not grow with them. ``ValueError`` for anything else, and for a row that
+    Files in C order are read block by block, so memory does not grow with them. ``ValueError`` for anything else, and for a row that
     is not finite when it is read; ``OSError`` for a file that cannot be read.
     """
 
@@ -1071,15 +1074,16 @@ class Rows:
     def _read(self, start, stop):
         """Rows ``start`` to ``stop`` without the skipped ones."""
         rows = np.empty((stop - start, self.d_model), np.float32)
-        first = np.searchsorted(self.starts, start, side="right") - 1
-        for part, begin in zip(self.parts[first:], self.starts[first:].tolist()):
-            if begin >= stop:
-                break
-            low, high = max(start, begin), min(stop, begin + part.n)
-            to_float32(part.read(low - begin, high - begin), rows[low - start:high - start])
-            finite = np.isfinite(rows[low - start:high - start])
+        row, i = start, int(np.searchsorted(self.starts, start, side="right")) - 1
+        while row < stop:
+            part, begin = self.parts[i], int(self.starts[i])
+            end, i = min(stop, begin + part.n), i + 1
+            piece = rows[row - start:end - start]
+            to_float32(part.read(row - begin, end - begin), piece)
+            finite = np.isfinite(piece)
             if not finite.all():
-                raise ValueError(f"{part.name} has a NaN or infinite value (as float32) in row {low - begin + int(finite.all(axis=1).argmin())}")
+                raise ValueError(f"{part.name} has a NaN or infinite value (as float32) in row {row - begin + int(finite.all(axis=1).argmin())}")
+            row = end
         skipped = self.skip[slice(*np.searchsorted(self.skip, (start, stop)))]
         return np.delete(rows, skipped - start, axis=0) if len(skipped) else rows
 
@@ -1158,7 +1162,9 @@ def _list_parts(source):
 
 def _open_part(array):
     name = str(getattr(array, "filename", None) or "the array")
-    array = array.detach().cpu().numpy() if isinstance(array, torch.Tensor) else array
+    if isinstance(array, torch.Tensor):
+        array = (array.float() if array.dtype == torch.bfloat16 else array).detach().cpu().numpy()
+    _require(isinstance(array, np.ndarray), f"{name} must be an array, a tensor or a path", type(array).__name__)
     _require(array.dtype.kind == "f" and array.dtype.itemsize in (2, 4, 8), f"{name} must hold float16, float32 or float64", array.dtype)
     _require(array.ndim in (2, 3) and array.size > 0,
              f"{name} must have the shape (rows, D) or (docs, positions, D), none of them 0", array.shape)
@@ -1216,7 +1222,7 @@ def prefetch(batches, pin=False, depth=8):
 def check_device(device):
     """``torch.device`` of the name ``device``; ``ValueError`` if this machine or this build of torch lacks it."""
     try:
-        torch.empty(0, device=device)
+        torch.ones(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {device!r} is not available here: {str(error).splitlines()[0]}") from None
     return torch.device(device)
@@ -1236,7 +1242,7 @@ def load_state(folder, origin):
     try:
         with safe_open(path, "pt") as file:
             started = json.loads(file.metadata()["origin"])
-            state = {name: file.get_tensor(name) for name in file.keys()}
+            state = {name: file.get_tensor(name).clone() for name in file.keys()}  # aligned, as a run that was not cut has them
     except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is damaged: {error}") from None
     for name, value in json.loads(json.dumps(origin)).items():
@@ -1251,9 +1257,13 @@ def metrics_file(folder, steps_done):
         yield None
         return
     path = folder / METRICS
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
+    try:
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= steps_done]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged, move it away to go on: {error}") from None
     with atomic(path) as temporary:
-        temporary.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= steps_done))
+        temporary.write_text("".join(kept))
     with open(path, "a") as file:
         yield file
 

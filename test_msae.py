@@ -53,9 +53,9 @@ def naive_loss(x, acts, W_dec, b_dec, prefixes, weights):
 def test_loss_by_hand():
     # prefix 1 reconstructs (3, 0), error 16; prefix 2 reconstructs (3, 2), error 4
     x, acts, W_dec, b_dec = torch.tensor([[3.0, 4.0]]), torch.tensor([[3.0, 2.0]]), torch.eye(2), torch.zeros(2)
-    assert msae.nested_loss(x, acts, W_dec, b_dec, (1, 2))[0] == 10.0
-    assert msae.nested_loss(x, acts, W_dec, b_dec, (1, 2), [0.25, 0.75])[0] == 7.0
-    assert msae.nested_loss(x, acts, W_dec, b_dec, (2,))[0] == 4.0
+    assert msae.nested_loss(x, acts, W_dec, b_dec, (1, 2)) == 10.0
+    assert msae.nested_loss(x, acts, W_dec, b_dec, (1, 2), [0.25, 0.75]) == 7.0
+    assert msae.nested_loss(x, acts, W_dec, b_dec, (2,)) == 4.0
 
 
 @pytest.mark.parametrize("prefixes, weights", [((3, 5, 9), (0.5, 0.2, 0.3)), ((9,), (1.0,)), (tuple(range(1, 10)), (1 / 9,) * 9)])
@@ -64,7 +64,7 @@ def test_loss_and_gradients_equal_the_naive_loop(prefixes, weights):
     x, acts = torch.randn(4, 6, generator=g), torch.rand(4, 9, generator=g) * (torch.rand(4, 9, generator=g) < 0.4)
     acts[1] = 0  # a row without an active latent
     leaves = [t.double().requires_grad_() for t in (acts, torch.randn(9, 6, generator=g), torch.randn(6, generator=g))]
-    ours, naive = msae.nested_loss(x.double(), *leaves, prefixes, weights)[0], naive_loss(x.double(), *leaves, prefixes, weights)
+    ours, naive = msae.nested_loss(x.double(), *leaves, prefixes, weights), naive_loss(x.double(), *leaves, prefixes, weights)
     torch.testing.assert_close(ours, naive)
     for a, b in zip(torch.autograd.grad(ours, leaves), torch.autograd.grad(naive, leaves)):
         torch.testing.assert_close(a, b)
