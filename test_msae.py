@@ -416,6 +416,13 @@ def test_every_row_is_read_once_an_epoch_in_a_seeded_order(tmp_path, dtype):
     assert set(torch.cat(list(aside.chunks(64)))[:, 0].tolist()).isdisjoint(next(rest.batches(810, 0))[:, 0].tolist())
 
 
+def test_tensors_of_any_float_are_rows_and_lists_are_not():
+    data = torch.from_numpy(rows(100)).bfloat16()
+    assert torch.equal(next(msae.Rows(data).chunks(100)), data.float())
+    with pytest.raises(ValueError, match="list"):
+        msae.Rows([[1.0]])
+
+
 def test_pools_of_blocks_cover_a_file_larger_than_one_pool(monkeypatch):
     monkeypatch.setattr(msae, "BLOCK", 8)
     monkeypatch.setattr(msae, "POOL_BYTES", 4 * 8 * 4)
@@ -548,7 +555,17 @@ def test_resuming_something_else_is_refused_by_name(tmp_path, change, names):
         msae.train(other, config(**change) if isinstance(change, dict) else config(), out=tmp_path / "run", resume=True)
 
 
+@pytest.mark.parametrize("content", ["x\n", "3\n", '{"a": 1}\n'])
+def test_damaged_metrics_are_named(tmp_path, content):
+    msae.train(rows(1000), config(), out=tmp_path / "run")
+    (tmp_path / "run" / "metrics.jsonl").write_text(content)
+    with pytest.raises(ValueError, match="metrics.jsonl is damaged"):
+        msae.train(rows(1000), config(), out=tmp_path / "run", resume=True)
+
+
 def test_nothing_to_resume_and_damaged_state(tmp_path):
+    with pytest.raises(ValueError, match="resume needs out"):
+        msae.train(rows(1000), config(), resume=True)
     with pytest.raises(OSError, match="nothing to resume"):
         msae.train(rows(1000), config(), out=tmp_path, resume=True)
     (tmp_path / msae.STATE).write_bytes(b"rubbish")
@@ -565,6 +582,21 @@ def test_init_from_starts_a_new_run_from_weights(tmp_path):
     torch.testing.assert_close(second.encode(torch.from_numpy(data)), first.encode(torch.from_numpy(data)), rtol=1e-3, atol=1e-3)
     with pytest.raises(ValueError, match=re.escape("(40, 16), got (32, 16)")):
         msae.train(data, config(n_latents_start=40), init_from=tmp_path / "first")
+    first.W_dec.data[3] = 0
+    first.save(tmp_path / "zero")
+    with pytest.raises(ValueError, match="must not be zero.* got 3"):
+        msae.train(data, config(), init_from=tmp_path / "zero")
+
+
+def test_a_bad_row_met_late_keeps_the_steps_done(tmp_path, monkeypatch):
+    monkeypatch.setattr(msae, "POOL_BYTES", 4 * 16 * msae.BLOCK)
+    monkeypatch.setattr(msae, "ASIDE", 64)
+    data = rows(10_000)
+    last = np.random.default_rng([0, 0]).permutation(40)[-1]  # the block that is read last in the first epoch
+    data[last * msae.BLOCK + 5] = np.nan
+    with pytest.raises(ValueError, match="NaN"):
+        msae.train(data, config(steps=10**6), out=tmp_path / "run")
+    assert safetensors.torch.load_file(tmp_path / "run" / msae.STATE)["steps_done"] > 50
 
 
 def command(*arguments, **options):
@@ -653,7 +685,7 @@ def test_two_processes_stay_identical_and_train_as_well_as_one(tmp_path):
 
 
 @needs_gloo
-@pytest.mark.parametrize("how", ["lost process", "Ctrl-C"])
+@pytest.mark.parametrize("how", ["lost process", "Ctrl-C", "SIGTERM to one"])
 def test_a_lost_process_or_ctrl_c_ends_the_job_with_a_checkpoint_to_resume(acts, tmp_path, how):
     arguments = ["cli.py", *map(str, run_arguments(acts, tmp_path / "run", steps=10**6))]
     process = subprocess.Popen([*TORCHRUN, *arguments], cwd=HERE, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -664,10 +696,11 @@ def test_a_lost_process_or_ctrl_c_ends_the_job_with_a_checkpoint_to_resume(acts,
         os.killpg(process.pid, signal.SIGINT)
     else:
         workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-        os.kill(int(workers[-1]), signal.SIGKILL)
+        os.kill(int(workers[-1]), signal.SIGKILL if how == "lost process" else signal.SIGTERM)
     output = process.communicate()[0]
     assert process.returncode != 0 and "go on with\n  torchrun --nproc-per-node 2 cli.py train" in output
-    assert how == "Ctrl-C" or "another process of this run is lost" in output
+    assert how != "lost process" or "another process of this run is lost" in output
+    assert "held-out rows" not in output
     assert safetensors.torch.load_file(tmp_path / "run" / msae.STATE)["steps_done"] >= 50
 
 
@@ -857,6 +890,14 @@ def test_baseline_trains_the_vanilla_twin_and_resume_finds_the_newest_folder(act
     assert vanilla.prefixes == (32,) and ours.prefixes == (2, 4, 8, 16, 32)
     assert vanilla.metadata["training"]["seed"] == ours.metadata["training"]["seed"]
     assert "nothing to resume" in run(*arguments, "--resume", "--out", "elsewhere", code=1)
+
+
+def test_options_override_the_config(acts, tmp_path):
+    (tmp_path / "config.json").write_text('{"n_latents_start": 32, "n_prefixes": 4, "steps": 5}')
+    run("train", "--acts", acts, "--latents", 32, "--k", 4, "--batch-size", 64, "--config", tmp_path / "config.json", "--spare", 0.5,
+        "--prefixes", "8,32", "--out", tmp_path / "run")
+    settings = msae.MatryoshkaSAE.load(tmp_path / "run").metadata["training"]
+    assert settings["n_latents_start"] == 48 and settings["prefixes"] == [8, 32] and settings["n_prefixes"] is None
 
 
 def test_bench_shows_the_step_beside_the_product():
