@@ -655,7 +655,10 @@ class Trainer:
 
     @torch.no_grad()
     def start_from(self, sae):
-        """Take over the weights of a saved SAE: the inverse of ``export``, its decoder rows made unit; ``ValueError`` for another shape."""
+        """Take over the weights of a saved SAE, with unit decoder rows: the inverse of ``export``.
+
+        ``ValueError`` for another shape or a decoder row of zeros.
+        """
         shape, needed = tuple(sae.W_dec.shape), tuple(self.sae.W_dec.shape)
         _require(shape == needed, f"the SAE to start from must have W_dec (latents with spare ones, width) {needed}", shape)
         norm = sae.W_dec.norm(dim=1)
@@ -699,9 +702,10 @@ def train(acts, cfg, *, device="cpu", out=None, resume=False, init_from=None, sa
     ``out``: a new or empty folder for ``metrics.jsonl`` and the checkpoint, written at the start, every ``save_minutes`` and
     at the end. SIGINT and SIGTERM are raised after the current step, once it is saved. ``resume``: go on from there.
     ``init_from``: a checkpoint whose weights a new run starts with. ``on_log``: called every ``log_every`` steps with
-    {"step", "loss", "fvu", "l0", "dead", "threshold", "rows_per_second"}. Under torch.distributed each process takes its share of every batch.
-    ``ValueError`` for bad rows, or rows or a config other than those resumed; ``OSError`` if ``out`` is
-    not empty, or the disk full.
+    {"step", "loss", "fvu", "l0", "dead", "threshold", "rows_per_second"}. Under torch.distributed each process takes its
+    share of every batch.
+    ``ValueError`` for bad rows, or rows or a config other than those resumed; ``OSError`` if ``out`` is not empty, or the
+    disk full.
     """
     device, (rank, world) = check_device(device), process_place()
     _require(not resume or out is not None and init_from is None, "resume needs out and no init_from", (out, init_from))
@@ -736,7 +740,8 @@ def train(acts, cfg, *, device="cpu", out=None, resume=False, init_from=None, sa
         batches = prefetch(itertools.islice(batches, cfg.steps - first), pin=device.type == "cuda")
         while trainer.steps_done < cfg.steps and not stop:
             try:
-                x = next(batches)
+                x = next(batches, None)
+                _require(x is not None, "batches must not end before the last step, ended after step", trainer.steps_done)
                 loss = trainer.step(x)
                 stop = agreed(received, trainer.steps_done, device)
             except (OSError, ValueError):  # a row that cannot be used, a lost process: the steps so far stand
@@ -761,7 +766,8 @@ def train(acts, cfg, *, device="cpu", out=None, resume=False, init_from=None, sa
 def _begin(acts, cfg, device, world):
     """(trainer, training rows, rows (n, D) for calibration, the settings and rows that a resumed run must share)."""
     _require(cfg.batch_size % world == 0, f"batch_size must be a multiple of the number of processes {world}", cfg.batch_size)
-    _require(round(min(cfg.k, cfg.k_start or cfg.k) * cfg.batch_size / world) >= 1, f"k must leave each of {world} processes an active entry", cfg.k)
+    least = round(min(cfg.k, cfg.k_start or cfg.k) * cfg.batch_size / world)
+    _require(least >= 1, f"k must give each of {world} processes at least one active entry in its share of a batch", cfg.k)
     data, aside = (acts if hasattr(acts, "batches") else Rows(acts)).split_off(0.05, cfg.seed)
     sample = data.sample(ASIDE, cfg.seed)
     scale = float(torch.linalg.vector_norm(sample, dtype=torch.float64)) / len(sample) ** 0.5
@@ -1082,7 +1088,8 @@ class Rows:
             to_float32(part.read(row - begin, end - begin), piece)
             finite = np.isfinite(piece)
             if not finite.all():
-                raise ValueError(f"{part.name} has a NaN or infinite value (as float32) in row {row - begin + int(finite.all(axis=1).argmin())}")
+                bad = row - begin + int(finite.all(axis=1).argmin())
+                raise ValueError(f"{part.name} has a NaN or infinite value (as float32) in row {bad}")
             row = end
         skipped = self.skip[slice(*np.searchsorted(self.skip, (start, stop)))]
         return np.delete(rows, skipped - start, axis=0) if len(skipped) else rows
@@ -1100,8 +1107,7 @@ class Rows:
         Blocks of consecutive rows are permuted, and the rows of a pool of blocks again, so memory is bounded by the pool.
         Of ``world`` processes, number ``rank`` reads every ``world``-th block of the permutation.
         """
-        _require(len(self) >= batch_size * world, "batch_size must be at most the number of training rows "
-                 f"{len(self)}", batch_size * world)
+        _require(len(self) >= batch_size * world, f"batch_size must be at most the number of training rows {len(self)}", batch_size * world)
         _require(self.total > BLOCK * (world - 1), f"the rows must fill a block of {BLOCK} for each of {world} processes", len(self))
         return self._batches(batch_size, seed, start * batch_size, rank, world)
 
