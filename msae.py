@@ -737,7 +737,8 @@ def train(acts, cfg, *, device="cpu", out=None, resume=False, init_from=None, sa
         checkpoint()
     with metrics_file(folder, trainer.steps_done) as metrics, deferred_signals() as received:
         logged, saved, first, stop = time.monotonic(), time.monotonic(), trainer.steps_done, False
-        batches = prefetch(itertools.islice(batches, cfg.steps - first), pin=device.type == "cuda")
+        if isinstance(data, Rows):  # a thread would take a third longer over the toy's small steps
+            batches = prefetch(itertools.islice(batches, cfg.steps - first), pin=device.type == "cuda")
         while trainer.steps_done < cfg.steps and not stop:
             try:
                 x = next(batches, None)
