@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import signal
 import statistics
 import sys
@@ -14,6 +15,7 @@ import time
 from pathlib import Path
 
 import click
+import numpy as np
 import torch
 from rich import box
 from rich.console import Console
@@ -297,14 +299,182 @@ def default_folder(path, existing):
     return names[max(free - 1, 0) if existing else free]
 
 
-def figures_table(figures):
-    """Figures on held-out rows: a row per prefix of the Matryoshka SAE, the whole SAE last, then its vanilla twin."""
-    table = new_table("", "latents", "FVU", "L0", "dead", "cosine", title=f"{figures['matryoshka']['rows']:,} held-out rows")
+def figures_table(figures, kind="held-out rows"):
+    """Figures on rows: for each SAE a row per prefix, the whole SAE last."""
+    table = new_table("", "latents", "FVU", "L0", "cosine", "dead", title=f"{next(iter(figures.values()))['rows']:,} {kind}")
     for name, found in figures.items():
         for level in found["prefixes"]:
             last = level is found["prefixes"][-1]
             table.add_row(name if level is found["prefixes"][0] else "", f"{level['latents']:,}", f"{level['fvu']:.4f}", f"{level['l0']:.2f}",
-                          *((f"{found['dead']:.2%}", f"{found['max_cosine']:.3f}") if last else ()), end_section=last)
+                          f"{level['max_cosine']:.3f}", f"{found['dead']:.2%}" if last else "", end_section=last)
+    return table
+
+
+# --------------------------------------------------------------------------------------------------- harvest and evaluate
+
+DATASET = "noanabeshima/TinyModelTokIds", "train.jsonl", "validation.jsonl"
+
+
+def tiny_model_options(command):
+    for option in (
+        click.option("--model", "model_path", default="tiny_model.pt", help="State dict of a TinyModel: a file, or a published name: " + ", ".join(msae.SHA256)),
+        click.option("--layer", type=click.IntRange(min=0), default=3, help="The residual stream that enters this block; 4: after the last."),
+        click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default="cuda if there is one, else cpu"),
+    ):
+        command = option(command)
+    return command
+
+
+def tiny_model(path, layer, device):
+    """(model, the module that the residual stream of the layer enters)."""
+    device, model = msae.check_device(device), msae.TinyModel.load(path)
+    if layer >= len(model.layers):
+        raise click.BadParameter(f"{layer} must be at most {len(model.layers) - 1}, after the last block of {path}", param_hint="--layer")
+    return model.to(device), model.layers[layer]
+
+
+def token_batches(path, model):
+    """A function that starts reading the token file, or the published one of that name, anew."""
+    if path in DATASET[1:] and not Path(path).exists():
+        path = msae.hub_file(DATASET[0], path, repo_type="dataset")
+    return lambda: msae.read_tokens(path, len(model.embed.weight), model.pos_embed.shape[1])
+
+
+@main.command()
+@tiny_model_options
+@click.option("--tokens", default="train.jsonl", help='Token ids: a .jsonl of {"tok_ids": [...]}, a .npy (docs, positions), or the published file.')
+@click.option("--max-rows", type=click.IntRange(min=1), default=30_000_000)
+@click.option("--dtype", type=click.Choice(["float16", "float32"]), default="float16")
+@click.option("--out", type=click.Path(dir_okay=False), default="acts.npy", help="A new file.")
+def harvest(model_path, layer, device, tokens, max_rows, dtype, out):
+    """Residual stream activations of TinyModel as rows for train, without those of [BEGIN] and [PAD].
+
+    \b
+    Examples:
+      python cli.py harvest
+      python cli.py harvest --layer 2 --max-rows 1000000 --out layer2.npy
+      python cli.py harvest --model mine.pt --tokens tokens.jsonl
+    """
+    out, drop = Path(out), (msae.BEGIN, msae.PAD)
+    if out.exists():
+        raise FileExistsError(f"{out} exists: choose another --out")
+    folder = msae.output_folder(out.parent, own=None)
+    model, module = tiny_model(model_path, layer, device)
+    batches, total = token_batches(tokens, model), 0
+    for ids in batches():  # all of them are checked before the first is used
+        total = min(total + int((~torch.isin(ids, torch.tensor(drop))).sum()), max_rows)
+        if total == max_rows:
+            break
+    size, free = total * model.embed.weight.shape[1] * (2 if dtype == "float16" else 4), shutil.disk_usage(folder).free
+    if size > free:
+        raise OSError(f"{out} would take {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free: lower --max-rows, or choose another --out")
+    started = time.monotonic()
+    with progress() as bar:
+        show = bar.line("harvest", total)
+        n = msae.harvest(model, module, batches(), out, at="input", drop=drop, dtype=dtype, max_rows=max_rows,
+                         on_rows=lambda n: show(n, rate := n / max(time.monotonic() - started, 1e-9), (total - n) / rate, f"{n:,}/{total:,} rows"))
+    about = {"model_name": Path(model_path).name, "hook_name": f"torso.{layer}.input" if layer < len(model.torso) else "lm_head.input", "dataset": tokens}
+    if model_path in msae.SHA256:
+        about["base_model"] = msae.TINY_MODEL[0]
+    with msae.atomic(f"{out}.json") as path:
+        path.write_text(json.dumps(about, indent=2) + "\n")
+    console.print(f"{n:,} rows of width {model.embed.weight.shape[1]} in {out}; next:  python cli.py train --acts {out} --latents 3072", highlight=False)
+
+
+@main.command("eval")
+@click.argument("checkpoints", nargs=-1, required=True)
+@click.option("--acts", required=True, type=click.Path(), help="Activations that training did not see, as for train.")
+@click.option("--labels", type=click.Path(exists=True, dir_okay=False),
+              help="A .npy with a whole number, or a row of 0 and 1, for each row of --acts: adds probing, absorption and erasure.")
+@click.option("--tokens", help="Token ids as for harvest: adds the cross-entropy of TinyModel with reconstructions spliced in.")
+@click.option("--max-tokens", type=click.IntRange(min=1), default=100_000, help="Of --tokens.")
+@tiny_model_options
+@click.option("--out", type=click.Path(dir_okay=False), help="JSON file.  [default: eval.json in each checkpoint's folder]")
+def evaluate(checkpoints, acts, labels, tokens, max_tokens, model_path, layer, device, out):
+    """Figures of one or more checkpoints over a whole set of rows, for each prefix.
+
+    \b
+    Examples:
+      python cli.py eval runs/acts-3072 --acts held.npy
+      python cli.py eval runs/acts-3072 runs/acts-3072/vanilla --acts held.npy --labels labels.npy
+      python cli.py eval runs/acts-3072 --acts held.npy --tokens validation.jsonl --layer 3
+    """
+    rows, device, results = msae.Rows(acts), msae.check_device(device), {}
+    y = None if labels is None else msae.label_matrix(msae.read_npy(labels), len(rows))[0].numpy()
+    saes = {path: msae.MatryoshkaSAE.load(path) for path in checkpoints}
+    if tokens:
+        model, module = tiny_model(model_path, layer, device)
+        batches = token_batches(tokens, model)
+    for path, sae in saes.items():
+        found = results[path] = {"checkpoint": path, "acts": acts, **msae.evaluate(sae.to(device), rows)}
+        if tokens:
+            found["loss"] = msae.loss_recovered(model, module, sae, limited(batches(), max_tokens), drop=(msae.BEGIN, msae.PAD))
+        if labels:
+            chosen = np.sort(np.random.default_rng(0).permutation(len(rows))[:20_000])
+            found["labels"] = msae.probe(sae.cpu(), torch.from_numpy(rows.take(chosen)), y[chosen])
+        if not out and Path(path).is_dir():
+            write_json(Path(path) / "eval.json", found)
+    if out:
+        write_json(out, results[checkpoints[0]] if len(results) == 1 else list(results.values()))
+    names = short_names(checkpoints)
+    console.print(figures_table({names[path]: found for path, found in results.items()}, "rows"))
+    console.print(frequency_bars({names[path]: found for path, found in results.items()}))
+    for path, found in results.items():
+        if tokens:
+            console.print(loss_table(names[path], found["loss"]))
+        if labels:
+            console.print(label_table(names[path], found["labels"]))
+    console.print(f"wrote {out or ', '.join(str(Path(path) / 'eval.json') for path in results if Path(path).is_dir()) or 'nothing: no folder, no --out'}", highlight=False)
+
+
+def limited(batches, most):
+    """The first batches, until ``most`` tokens."""
+    for ids in batches:
+        yield ids
+        most -= ids.numel()
+        if most <= 0:
+            return
+
+
+def write_json(path, content):
+    with msae.atomic(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def short_names(paths):
+    """Each path's last part, or the whole where two share it."""
+    ends = [Path(path).name for path in paths]
+    return {path: end if ends.count(end) == 1 else path for path, end in zip(paths, ends)}
+
+
+def frequency_bars(figures):
+    """How many latents fire how often: a row per half decade, a column per SAE."""
+    table = new_table("fires on", *figures, title="Latents by the share of rows they fire on")
+    edges, counts = next(iter(figures.values()))["frequencies"]["edges"], [f["frequencies"]["counts"] for f in figures.values()]
+    used = [i for i in range(len(edges) - 1) if any(column[i] for column in counts)]
+    width = max(6, (console.width - 20) // len(counts) - 12)
+    for i in range(used[0], used[-1] + 1) if used else ():
+        table.add_row(f"{edges[i]:.1e} to {edges[i + 1]:.1e}", *(f"{'█' * round(width * column[i] / max(column))} {column[i]:,}" for column in counts))
+    return table
+
+
+def loss_table(name, loss):
+    table = new_table("", "latents", "loss", "recovered", title=f"Cross-entropy over {loss['tokens']:,} tokens, {name} spliced in")
+    table.add_row("clean", "", f"{loss['clean']:.4f}", "100.0%")
+    table.add_row("zeroed", "", f"{loss['zeroed']:.4f}", "0.0%", end_section=True)
+    for level in loss["prefixes"]:
+        table.add_row("spliced", f"{level['latents']:,}", f"{level['spliced']:.4f}", f"{level['recovered']:.1%}")
+    return table
+
+
+def label_table(name, found):
+    table = new_table("latents", "k=1", "2", "5", "absorbed", "split", title=f"{name}, {len(found['labels'])} labels on {found['rows']:,} rows: F1 of k-sparse probes")
+    table.add_row("raw rows", "", "", f"{found['raw']['f1']:.3f}", end_section=True)
+    for level in found["prefixes"]:
+        f1 = {score["k"]: f"{score['f1']:.3f}" for score in level["probes"]}
+        table.add_row(f"{level['latents']:,}", *(f1.get(k, "") for k in (1, 2, 5)), f"{level['absorption']:.1%}", f"{level['splitting']:.1f}")
+    table.caption = "erasure, fall of balanced accuracy, own and others': " + "; ".join(
+        f"top {e['latents']} {e['own']:.3f} {e['others']:.3f}" for e in found["erasure"])
     return table
 
 
@@ -378,21 +548,29 @@ class progress:
     def __exit__(self, *error):
         self.bar.stop()
 
+    def line(self, label, total):
+        """A function that shows: number done of ``total``, rows per second, seconds left, and what comes before and after those."""
+        task, shown = self.bar.add_task(label, total=total, figures=""), -math.inf
+
+        def show(done, rate, seconds, before, after=""):
+            nonlocal shown
+            line = f"{before}  {f'{rate:,.0f} rows/s  ' if self.wide else ''}{datetime.timedelta(seconds=round(seconds))} left{after}"
+            self.bar.update(task, completed=done, figures=line)
+            if not console.is_terminal and (done == total or time.monotonic() - shown > 10):
+                shown = time.monotonic()
+                print(f"{label}  {line}", flush=True)
+        return show
+
     def reporter(self, label, cfg):
         """A callback for ``msae.train`` that shows its figures."""
-        task, shown = self.bar.add_task(label, total=cfg.steps, figures=""), -math.inf
+        show = self.line(label, cfg.steps)
 
-        def show(figures):
-            nonlocal shown
-            left = datetime.timedelta(seconds=round((cfg.steps - figures["step"]) * cfg.batch_size / max(1, figures["rows_per_second"])))
-            rate, dead = f"{figures['rows_per_second']:,.0f} rows/s  ", f"  dead {figures['dead']:.1%}"
-            line = f"{figures['step']}/{cfg.steps}  {rate if self.wide else ''}{left} left  FVU {figures['fvu']:.3f}  L0 {figures['l0']:.1f}"
-            line += dead if self.wide else ""
-            self.bar.update(task, completed=figures["step"], figures=line)
-            if not console.is_terminal and (figures["step"] == cfg.steps or time.monotonic() - shown > 10):
-                shown = time.monotonic()
-                print(f"{label}  step {line}", flush=True)
-        return show
+        def report(figures):
+            step, rate = figures["step"], max(1, figures["rows_per_second"])
+            dead = f"  dead {figures['dead']:.1%}" if self.wide else ""
+            show(step, rate, (cfg.steps - step) * cfg.batch_size / rate, f"{'' if console.is_terminal else 'step '}{step}/{cfg.steps}",
+                 f"  FVU {figures['fvu']:.3f}  L0 {figures['l0']:.1f}{dead}")
+        return report
 
 
 if __name__ == "__main__":

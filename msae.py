@@ -16,7 +16,7 @@ noanabeshima/matryoshka-saes. BatchTopK: Bussmann, Leask, Nanda 2024, arXiv 2412
 Not included: L1 and gated SAEs, transcoders, crosscoders, learned thresholds per latent.
 """
 
-import collections
+import collections.abc
 import contextlib
 import copy
 import dataclasses
@@ -837,17 +837,18 @@ def evaluate(sae, rows, batch_size=4096):
 
     ``fvu = sum |x - recon|^2 / sum |x - mean|^2`` (predicting the mean gives 1), ``l0`` active latents per row, ``dead``
     fraction of latents that never fire on these rows, ``max_cosine`` mean over latents of the largest cosine with another
-    decoder row, ``prefixes`` [{"latents", "fvu", "l0"}] for each of ``sae.prefixes``, ``rows`` their number.
+    decoder row, ``prefixes`` [{"latents", "fvu", "l0", "max_cosine"}] for each of ``sae.prefixes``, ``rows`` their number,
+    ``frequencies`` {"edges", "counts"}: how many of the latents that fire do so on a share of the rows in [edge, next edge).
     """
     rows = rows if isinstance(rows, Rows) else Rows(rows)
     levels, device = sae.prefixes, sae.b_dec.device
     error, active = torch.zeros(2, len(levels), dtype=torch.float64)
-    fired = torch.zeros(len(sae.b_enc), dtype=torch.bool, device=device)
+    fired = torch.zeros(len(sae.b_enc), dtype=torch.float64, device=device)  # rows in which each latent is active
     sums, squares = torch.zeros(rows.d_model, dtype=torch.float64), 0.0
     for x in rows.chunks(batch_size):
         x = x.to(device)
         acts, recon, start = sae.encode(x), sae.b_dec, 0
-        fired |= (acts > 0).any(dim=0)
+        fired += (acts > 0).sum(dim=0)
         for i, end in enumerate(levels):
             recon = recon + acts[:, start:end] @ sae.W_dec[start:end]
             error[i] += float((x - recon).pow(2).sum(dim=1).cpu().double().sum())
@@ -858,10 +859,150 @@ def evaluate(sae, rows, batch_size=4096):
         squares += float(offset.pow(2).sum())
     total = squares - float(sums.pow(2).sum()) / len(rows)
     fvu = [e / total if total > 0 else math.nan for e in error.tolist()]
-    l0 = (active / len(rows)).tolist()
-    return {"rows": len(rows), "fvu": fvu[-1], "l0": l0[-1], "dead": float((~fired).float().mean()),
-            "max_cosine": max_cosine(sae.W_dec),
-            "prefixes": [{"latents": p, "fvu": f, "l0": a} for p, f, a in zip(levels, fvu, l0)]}
+    l0, cosines = (active / len(rows)).tolist(), [max_cosine(sae.W_dec[:p]) for p in levels]
+    counts, edges = np.histogram((fired[fired > 0] / len(rows)).log10().cpu().numpy(), bins=16, range=(-8, 0))
+    return {"rows": len(rows), "fvu": fvu[-1], "l0": l0[-1], "dead": float((fired == 0).double().mean()), "max_cosine": cosines[-1],
+            "prefixes": [{"latents": p, "fvu": f, "l0": a, "max_cosine": c} for p, f, a, c in zip(levels, fvu, l0, cosines)],
+            "frequencies": {"edges": (10.0**edges).tolist(), "counts": counts.tolist()}}
+
+
+@torch.no_grad()
+def loss_recovered(model, module, sae, batches, at="input", drop=()):
+    """Cross-entropy of ``model``, in nats per next token, with the stream at ``module`` replaced: by nothing, zeros, and ``sae``.
+
+    ``batches`` of token ids (B, T); positions whose id is in ``drop`` keep their stream and are not predicted. Returns
+    {"clean", "zeroed", "prefixes": [{"latents", "spliced", "recovered"}]}, ``recovered = (zeroed - spliced) / (zeroed - clean)``.
+    """
+    swaps = [None, torch.zeros_like, *(lambda x, p=p: sae.decode(sae.encode(x, p)) for p in sae.prefixes)]
+    sums, n, device = [0.0] * len(swaps), 0, next(model.parameters()).device
+    for ids in batches:
+        ids = ids.to(device)
+        keep = ~torch.isin(ids, torch.tensor(list(drop), device=device, dtype=ids.dtype))
+        target = ids[:, 1:][keep[:, 1:]]
+        n += len(target)
+        for i, swap in enumerate(swaps):
+            with activation_hook(module, at, swap and (lambda x, swap=swap: torch.where(keep[..., None], swap(x), x))):
+                logits = _logits(model(ids))[:, :-1][keep[:, 1:]]
+            sums[i] += float(nn.functional.cross_entropy(logits.float(), target, reduction="sum"))
+    _require(n > 0, "the batches must have tokens to predict, number of them", n)
+    clean, zeroed, *spliced = (total / n for total in sums)
+    return {"clean": clean, "zeroed": zeroed, "tokens": n,
+            "prefixes": [{"latents": p, "spliced": s, "recovered": (zeroed - s) / (zeroed - clean)} for p, s in zip(sae.prefixes, spliced)]}
+
+
+def _logits(output):
+    return getattr(output, "logits", output)
+
+
+def logistic_regression(x, y, l2=1e-3, steps=100):
+    """One probe per label, by LBFGS on standardised inputs: ``x`` (n, d), or (C, n, d) of its own, ``y`` (n, C) -> (w (C, d), b (C,)).
+
+    Minimises the mean cross-entropy of ``sigmoid(x @ w + b)`` plus ``l2 |w|^2`` in standardised units.
+    """
+    mean, std = x.mean(dim=-2, keepdim=True), x.std(dim=-2, keepdim=True).clamp_min(1e-12)
+    x, target = (x - mean) / std, y.T.float()
+    w, b = torch.zeros(len(target), x.shape[-1], requires_grad=True), torch.zeros(len(target), requires_grad=True)
+    optimizer = torch.optim.LBFGS([w, b], max_iter=steps, line_search_fn="strong_wolfe")
+
+    def loss():
+        optimizer.zero_grad()
+        value = nn.functional.binary_cross_entropy_with_logits(probe_logits(x, w, b), target) * len(target) + l2 * w.pow(2).sum()
+        value.backward()
+        return value
+
+    with torch.enable_grad():
+        optimizer.step(loss)
+    w = w.detach() / std.squeeze(-2)
+    return w, b.detach() - (w * mean.squeeze(-2)).sum(dim=1)
+
+
+def probe_logits(x, w, b):
+    """``x`` (n, d) or (C, n, d), ``w`` (C, d), ``b`` (C,) -> (C, n)."""
+    return (w @ x.T if x.dim() == 2 else torch.bmm(x, w[:, :, None]).squeeze(2)) + b[:, None]
+
+
+def probe_scores(seen, y):
+    """Accuracy, balanced accuracy and F1 of predictions ``seen`` (C, n) of ``y`` (n, C), each (C,)."""
+    hit, y = seen & y.T, y.T
+    recall, rejected = hit.sum(1) / y.sum(1), (~seen & ~y).sum(1) / (~y).sum(1)
+    return {"accuracy": (seen == y).float().mean(1), "balanced_accuracy": (recall + rejected) / 2, "f1": 2 * hit.sum(1) / (seen.sum(1) + y.sum(1))}
+
+
+@torch.no_grad()
+def probe(sae, x, labels, seed=0, most=5, erased=(1, 2, 5)):
+    """How rows ``x`` (n, D) with ``labels``, (n,) whole numbers or (n, C) of 0 and 1, are told by few latents; half is held out.
+
+    ``probes``: accuracy and F1, means over the labels, of logistic regression on the raw rows and, per prefix, on the k =
+    1..``most`` latents of largest |mean difference| (Gurnee et al. 2023, arXiv 2305.01610). ``absorption``: share of held-out
+    positives that the raw probe sees and the label's main latent (of largest mean difference) is silent on; ``splitting``: how many latents, each
+    raising F1 by more than 0.03, a label needs. Both after Chanin et al. 2024, arXiv 2409.14507, who find the main latents by
+    probe weights and demand that an absorbing latent be found. ``erasure``: by how much the raw probes' balanced accuracy falls,
+    the label's own and the others' on average, once the contribution of its top latents is taken out of ``x``; top by (mean
+    difference) x (decoder row . probe): targeted probe perturbation of SAEBench, arXiv 2503.09532, which ablates in the
+    reconstruction and balances the classes. ``ValueError`` where a label lacks rows with or without it.
+    """
+    y, names = label_matrix(labels, len(x))
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
+    halves = order[: len(x) // 2], order[len(x) // 2:]
+    for half in halves:
+        rare = y[half].sum(0).minimum((~y[half]).sum(0))
+        _require(bool(rare.min() > 0), "each label needs rows with and without it in both halves; too few for label", names[int(rare.argmin())])
+    (x, test), (y, truth) = [x[half].float() for half in halves], [y[half] for half in halves]
+    w, b = logistic_regression(x, y)
+    raw = probe_logits(test, w, b)
+    found = probe_scores(raw > 0, truth)
+    sums = sum(torch.stack([part.T.float(), (~part).T.float()]) @ sae.encode(rows) for rows, part in zip(x.split(2048), y.split(2048)))
+    difference = sums[0] / y.sum(0)[:, None] - sums[1] / (~y).sum(0)[:, None]  # (C, F)
+    levels, most = [], min(most, len(sae.b_enc))
+    for p in sae.prefixes:
+        top = difference[:, :p].abs().topk(min(most, p), dim=1).indices  # (C, most)
+        train_codes, codes = (_columns(sae, rows, top) for rows in (x, test))  # (C, n, most)
+        scores = []
+        for k in range(1, top.shape[1] + 1):
+            scores.append(probe_scores(probe_logits(codes[:, :, :k], *logistic_regression(train_codes[:, :, :k], y)) > 0, truth))
+        gains = torch.stack([score["f1"] for score in scores]).diff(dim=0) > 0.03
+        main = _columns(sae, test, difference[:, :p].argmax(dim=1)[:, None])[:, :, 0]
+        positives = truth.T & (raw > 0)
+        silent = (positives & (main == 0)).sum(1) / positives.sum(1)
+        levels.append({"latents": p, "absorption": _mean(silent), "splitting": _mean(1.0 + gains.cumprod(dim=0).sum(0)),
+                       "absorption_by_label": dict(zip(names, silent.tolist())),
+                       "probes": [{"k": k, "accuracy": _mean(score["accuracy"]), "f1": _mean(score["f1"])} for k, score in enumerate(scores, 1)]})
+    effect, erasure = difference * (w @ sae.W_dec.T), []
+    for n in (n for n in erased if n <= len(sae.b_enc)):
+        top = effect.topk(n, dim=1).indices
+        codes = _columns(sae, test, top)  # (C, n_test, n)
+        own, others = [], []
+        for c in range(len(w)):
+            seen = raw - (codes[c] @ (sae.W_dec[top[c]] @ w.T)).T > 0
+            fall = found["balanced_accuracy"] - probe_scores(seen, truth)["balanced_accuracy"]
+            own.append(float(fall[c]))
+            others.append(float((fall.sum() - fall[c]) / max(1, len(w) - 1)))
+        erasure.append({"latents": n, "own": sum(own) / len(w), "others": sum(others) / len(w)})
+    return {"rows": len(order), "labels": names, "raw": {name: _mean(found[name]) for name in ("accuracy", "f1")}, "prefixes": levels, "erasure": erasure}
+
+
+def _mean(values):
+    return float(values.nanmean())
+
+
+def _columns(sae, rows, latents, size=2048):
+    """Codes of ``rows`` (n, D) by the ``latents`` (C, m): (C, n, m)."""
+    return torch.cat([sae.encode(part)[:, latents] for part in rows.split(size)]).movedim(0, 1)
+
+
+def label_matrix(labels, n):
+    """``labels``, (n,) whole numbers or (n, C) of 0 and 1, as a boolean matrix (n, C) and the names of its columns."""
+    labels = torch.from_numpy(np.array(labels))
+    labels = labels.flatten() if labels.numel() == n else labels
+    whole = not labels.is_floating_point() and not labels.is_complex()
+    _require(whole and labels.dim() in (1, 2) and len(labels) == n, f"labels must be whole numbers ({n},) or 0 and 1 ({n}, C)",
+             f"{labels.dtype} {tuple(labels.shape)}")
+    if labels.dim() == 2:
+        _require(bool(((labels == 0) | (labels == 1)).all()), "labels (n, C) must be 0 and 1", "others")
+        return labels.bool(), [str(i) for i in range(labels.shape[1])]
+    names = labels.unique()
+    _require(len(names) <= 1000, "labels must have at most 1000 different values", len(names))
+    return labels[:, None] == names, [str(name) for name in names.tolist()]
 
 
 @torch.no_grad()
@@ -1039,7 +1180,199 @@ def toy_setup(settings, seed=0):
     return tree, {"matryoshka": cfg, "vanilla": cfg.vanilla()}
 
 
-# -------------------------------------------------------------------------------------------------------------- 9. files
+# --------------------------------------------------------------------------------------------------------- 9. TinyModel
+
+TINY_MODEL = "noanabeshima/tiny_model", "502a1f2453f61260c937f7807a1270a167faba07"
+SHA256 = {"tiny_model.pt": "dec406b1ad94cb345b2606d7f8cffa7c1114fcb60850e949eb17274cec30a8c3",
+          "tiny_model_2L_1E.pt": "04e8df0cd677a7060558e5c9eb3aaa30dbfe84e4ecc92bf17ef0e405dcf33baf",
+          "tiny_model_2L_3E.pt": "26dfc06da85d0e5d4de51a2e90108f9d585a81677bf4bac0ac079e780fda31f4"}
+BEGIN, PAD = 9996, 9998  # token ids: before each text, and after those that are shorter
+
+
+class TinyModel(nn.Module):
+    """A language model of TinyStories without layer norm, noanabeshima/tiny_model: ids (B, T) -> logits (B, T, vocabulary).
+
+        x = embed[ids] + pos_embed[:T];   per block: x += O(attention(Q x, K x, V x)), x += write_out(relu(read_in(x)))
+
+    Causal softmax attention, scaled by 1/sqrt(head width). ``layers[i]`` is the module that the residual stream of layer
+    ``i`` enters; the last, ``lm_head``, is after all blocks. Deviation: the original returns log-probabilities.
+    """
+
+    def __init__(self, n_layers=4, d_model=768, n_heads=16, d_mlp=3072, n_vocab=10_000, n_positions=256):
+        super().__init__()
+        self.embed = nn.Embedding(n_vocab, d_model)
+        self.pos_embed = nn.Parameter(torch.zeros(1, n_positions, d_model))
+        self.torso = nn.Sequential(*(_Block(d_model, n_heads, d_mlp) for _ in range(n_layers)))
+        self.lm_head = nn.Linear(d_model, n_vocab)
+
+    @property
+    def layers(self):
+        return [*self.torso, self.lm_head]
+
+    def forward(self, ids):
+        return self.lm_head(self.torso(self.embed(ids) + self.pos_embed[:, : ids.shape[1]]))
+
+    @classmethod
+    def load(cls, path="tiny_model.pt"):
+        """Read a state dict in float32, from a file or, of the names in ``SHA256``, from the Hub; never unpickles objects.
+
+        ``ValueError`` for another checksum or other tensors; ``OSError`` if there is no such file.
+        """
+        if not os.path.exists(path):
+            if str(path) not in SHA256:
+                raise FileNotFoundError(f"{path} is neither a file nor one of the published {', '.join(SHA256)}")
+            name, path = str(path), hub_file(TINY_MODEL[0], str(path), TINY_MODEL[1])
+            found = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+            _require(found == SHA256[name], f"{path} must have the sha256 {SHA256[name]}", found)
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            n_layers = len({key.split(".")[1] for key in state if key.startswith("torso.")})
+            (n_vocab, d_model), (_, n_positions, _) = state["embed.weight"].shape, state["pos_embed"].shape
+            model = cls(n_layers, d_model, 16, len(state["torso.0.mlp.read_in.bias"]), n_vocab, n_positions)
+            model.load_state_dict(state)
+        except OSError:
+            raise
+        except Exception as error:  # of torch's reader, or a key or shape that does not fit
+            raise ValueError(f"{path} is not a state dict of TinyModel: {str(error).splitlines()[0]}") from None
+        return model.eval()
+
+
+class _Block(nn.Module):
+    def __init__(self, d_model, n_heads, d_mlp):
+        super().__init__()
+        self.n_heads = n_heads
+        self.attn = nn.ModuleDict({name: nn.Linear(d_model, d_model, bias=name == "O") for name in "QKVO"})
+        self.mlp = nn.ModuleDict({"read_in": nn.Linear(d_model, d_mlp), "write_out": nn.Linear(d_mlp, d_model)})
+
+    def forward(self, x):
+        q, k, v = (self.attn[name](x).unflatten(-1, (self.n_heads, -1)).transpose(1, 2) for name in "QKV")  # (B, heads, T, D / heads)
+        heads = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.attn["O"](heads.transpose(1, 2).flatten(-2))
+        return x + self.mlp["write_out"](torch.relu(self.mlp["read_in"](x)))
+
+
+class _Stop(Exception):
+    """Ends a forward pass after the module of interest."""
+
+
+@contextlib.contextmanager
+def activation_hook(module, at="output", replace=None, stop=False):
+    """Capture the "input" or "output" of any ``module`` while the context lasts: a list with a detached tensor for each call.
+
+    The input is the first argument; of a tuple output the first item counts. ``replace``: a function of that tensor whose
+    result takes its place. ``stop`` ends the forward pass there, and the context with it. ``ValueError`` where there is no tensor.
+    """
+    _require(at in ("input", "output"), 'at must be "input" or "output"', repr(at))
+    captured = []
+
+    def take(x):
+        _require(isinstance(x, torch.Tensor), f"the {at} of {type(module).__name__} must be a tensor or start with one", type(x).__name__)
+        captured.append(x.detach())
+        if stop:
+            raise _Stop
+        return x if replace is None else replace(x).to(x)
+
+    def on_input(module, args, kwargs):
+        if args:
+            return (take(args[0]), *args[1:]), kwargs
+        name = next(iter(kwargs), None)
+        return args, {**kwargs, name: take(kwargs.get(name))}
+
+    def on_output(module, args, output):
+        first = take(output[0] if isinstance(output, tuple) else output)
+        return None if replace is None else (first, *output[1:]) if isinstance(output, tuple) else first
+
+    handle = module.register_forward_pre_hook(on_input, with_kwargs=True) if at == "input" else module.register_forward_hook(on_output)
+    try:
+        yield captured
+    except _Stop:
+        pass
+    finally:
+        handle.remove()
+
+
+@torch.no_grad()
+def harvest(model, module, batches, out, at="output", drop=(), dtype="float16", max_rows=None, on_rows=None):
+    """Write the activations of ``module`` in ``model`` to ``out``, a ``.npy`` (rows, D), as they come; return the number of rows.
+
+    ``batches``: token ids (B, T), or dicts of what ``model`` takes by name, with "input_ids". Positions whose id is in
+    ``drop``, or that an "attention_mask" leaves out, give no row. The forward pass ends after ``module``. ``out`` appears when
+    it is whole; written by plain appends, as a memory map dies where the disk is full. ``on_rows``: called with the rows so far.
+    ``ValueError`` for a model in training mode, a value that ``dtype`` cannot hold, or no rows; ``OSError`` if the disk is full.
+    """
+    _require(not model.training, "model must be in evaluation mode, call model.eval(): training", model.training)
+    device, n, width = next(model.parameters()).device, 0, None
+    with atomic(out) as temporary:
+        with open(temporary, "wb") as file:
+            for batch in batches:
+                inputs = {name: value.to(device) for name, value in batch.items()} if isinstance(batch, collections.abc.Mapping) else batch.to(device)
+                ids, mask = (inputs["input_ids"], inputs.get("attention_mask")) if isinstance(inputs, dict) else (inputs, None)
+                with activation_hook(module, at, stop=True) as captured:
+                    model(**inputs) if isinstance(inputs, dict) else model(inputs)
+                _require(captured and captured[0].shape[:-1] == ids.shape, f"module must be called with one vector for each of the ids {tuple(ids.shape)}",
+                         tuple(captured[0].shape) if captured else "no call")
+                keep = ~torch.isin(ids, torch.tensor(list(drop), device=device, dtype=ids.dtype))
+                keep = keep if mask is None else keep & mask.bool()
+                rows = captured[0][keep][: None if max_rows is None else max_rows - n].to(getattr(torch, dtype))
+                _require(bool(rows.isfinite().all()), f"activations must fit in {dtype}", "one that is too large, or NaN")
+                if width is None:
+                    width = rows.shape[1]
+                    _write_header(file, dtype, 0, width)
+                file.write(rows.cpu().numpy().data)
+                n += len(rows)
+                if on_rows:
+                    on_rows(n)
+                if n == max_rows:
+                    break
+            _require(n > 0, "the batches must give at least one row, number of them", n)
+            file.seek(0)
+            _write_header(file, dtype, n, width)
+    return n
+
+
+def _write_header(file, dtype, n, width):
+    """Of a ``.npy``; of the same length for every ``n``, as numpy leaves room for the first number to grow."""
+    np.lib.format.write_array_header_1_0(file, {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (n, width)})
+
+
+def read_tokens(path, n_vocab=10_000, n_positions=256, batch_size=64):
+    """Token ids in batches (B, T) of a ``.jsonl`` with {"tok_ids": [...]} in each line, or a ``.npy`` (docs, T), as they are read.
+
+    ``ValueError`` names the line or row with an id outside [0, n_vocab), more than ``n_positions`` ids, or another length than
+    the first.
+    """
+    docs, length = [], None
+    for number, ids in enumerate(_npy_docs(path) if str(path).endswith(".npy") else _jsonl_docs(path), 1):
+        where, length = f"{path}, line {number}:" if not str(path).endswith(".npy") else f"{path}, row {number - 1}:", length or len(ids)
+        _require(0 < len(ids) <= n_positions, f"{where} tok_ids must be 1 to {n_positions} ids, the positions of the model", len(ids))
+        _require(len(ids) == length, f"{where} tok_ids must be {length} ids as in the first", len(ids))
+        _require(0 <= ids.min() and ids.max() < n_vocab, f"{where} ids must lie in [0, {n_vocab})", ids.min() if ids.min() < 0 else ids.max())
+        docs.append(ids)
+        if len(docs) == batch_size:
+            yield torch.from_numpy(np.stack(docs))
+            docs = []
+    if docs:
+        yield torch.from_numpy(np.stack(docs))
+
+
+def _npy_docs(path):
+    array = read_npy(path)
+    _require(array.dtype.kind in "iu" and array.ndim == 2, f"{path} must hold whole numbers (docs, positions)", f"{array.dtype} {array.shape}")
+    return (row.astype(np.int64) for row in array)
+
+
+def _jsonl_docs(path, longest=1 << 20):
+    with open(path, "rb") as file:
+        for number, line in enumerate(iter(lambda: file.readline(longest), b""), 1):
+            try:
+                ids = np.array(json.loads(line)["tok_ids"])
+                _require(ids.ndim == 1 and ids.dtype.kind == "i", "tok_ids must be a list of whole numbers", ids.dtype)
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
+                raise ValueError(f'{path}, line {number} is not {{"tok_ids": [whole numbers]}}: {str(error)[:100]}') from None
+            yield ids
+
+
+# ------------------------------------------------------------------------------------------------------------- 10. files
 
 BLOCK = 256                  # consecutive rows read together
 POOL_BYTES = 2**28           # of float32 rows in memory, whose order is mixed
@@ -1073,10 +1406,13 @@ class Rows:
         _require(len(self) >= 2, f"{self.parts[0].name} has too few rows: setting some aside needs at least 2", len(self))
         chosen = np.sort(np.random.default_rng(seed).choice(len(self), n, replace=False, shuffle=False))
         chosen += np.searchsorted(self.skip - np.arange(len(self.skip)), chosen, side="right")  # among the rows not skipped
-        aside = np.concatenate([self._read(row, row + 1) for row in chosen.tolist()])
         others = copy.copy(self)
         others.skip = np.union1d(self.skip, chosen)
-        return others, Rows(aside)
+        return others, Rows(self.take(chosen))
+
+    def take(self, numbers):
+        """The rows with these ``numbers``, an array (n, D)."""
+        return np.concatenate([self._read(row, row + 1) for row in numbers.tolist()])
 
     def _read(self, start, stop):
         """Rows ``start`` to ``stop`` without the skipped ones."""
@@ -1161,10 +1497,10 @@ def _list_parts(source):
     if not isinstance(source, (str, os.PathLike)):
         return [source]
     if not os.path.isdir(source):
-        return [_open_npy(source)]
+        return [read_npy(source)]
     shards = sorted(Path(source).glob("*.npy"))
     _require(shards, f"{source} must be a .npy file or a folder of them", "a folder without any")
-    return [_open_npy(shard) for shard in shards]
+    return [read_npy(shard) for shard in shards]
 
 
 def _open_part(array):
@@ -1199,7 +1535,7 @@ def to_float32(rows, out):
         torch.from_numpy(out[start:start + size]).copy_(torch.from_numpy(rows[start:start + size]))
 
 
-def _open_npy(path):
+def read_npy(path):
     try:
         return np.lib.format.open_memmap(path, mode="r")
     except OSError:
@@ -1224,6 +1560,12 @@ def prefetch(batches, pin=False, depth=8):
                 yield batch
         finally:
             thread.shutdown(cancel_futures=True)
+
+
+def hub_file(repo, name, revision=None, repo_type="model"):
+    """Local path of a file of a Hub repository, downloaded unless it was before; ``OSError`` if that fails."""
+    from huggingface_hub import hf_hub_download
+    return hf_hub_download(repo, name, revision=revision, repo_type=repo_type)
 
 
 def check_device(device):

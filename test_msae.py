@@ -769,12 +769,285 @@ def test_matryoshka_recovers_every_toy_feature_and_vanilla_absorbs():
     settings = json.loads((HERE / "toy_config.json").read_text())
     settings["train"].update(steps=1500, k_anneal_steps=750)
     tree, configs = msae.toy_setup(settings, seed=0)
-    ours, vanilla = (msae.toy_figures(msae.train(tree, cfg), tree, seed=1) for cfg in configs.values())
+    saes = [msae.train(tree, cfg) for cfg in configs.values()]
+    ours, vanilla = (msae.toy_figures(sae, tree, seed=1) for sae in saes)
     torch.set_num_threads(threads)
     assert ours["clean"] == 20 and ours["fvu"] <= 0.021 and 1.05 <= ours["l0"] <= 1.24
     assert vanilla["clean"] < 20 and vanilla["fvu"] < ours["fvu"]
     rates = [max(pair["rate"] for pair in figures["absorption"]) for figures in (ours, vanilla)]
     assert rates[0] < 0.05 and rates[1] > 0.5
+    features = tree.sample_features(10_000, torch.Generator().manual_seed(2))
+    parents = sorted({parent for parent, _ in tree.pairs})  # the features that can be absorbed, as labels without the tree
+    ours, vanilla = (msae.probe(sae, features @ tree.directions, features[:, parents] > 0) for sae in saes)
+    assert ours["raw"]["accuracy"] == vanilla["raw"]["accuracy"] == 1.0
+    assert ours["prefixes"][-1]["absorption"] < 0.01 and vanilla["prefixes"][-1]["absorption"] > 0.2
+    assert ours["erasure"][0]["own"] > 0.49 and vanilla["erasure"][0]["own"] < 0.4
+    assert ours["erasure"][0]["others"] < 0.05 > vanilla["erasure"][0]["others"]
+
+
+# -------------------------------------------------------------------------------------------------------------- probing
+
+
+def test_logistic_regression_is_at_the_minimum_of_its_formula():
+    x, y = torch.from_numpy(rows(400, 6)), torch.rand(400, 3) < 0.3
+    y[:, 1] |= x[:, 2] > 5
+    w, b = msae.logistic_regression(x, y)
+    mean, std = x.mean(0), x.std(0)
+    w, b = ((w * std).requires_grad_(), (b + w @ mean).requires_grad_())  # in standardised units
+    p = torch.sigmoid((x - mean) / std @ w.T + b)
+    (-(torch.where(y, p, 1 - p)).log().mean(0).sum() + 1e-3 * w.pow(2).sum()).backward()
+    assert w.grad.abs().max() < 1e-4 and b.grad.abs().max() < 1e-4
+
+
+def test_probe_scores_by_hand():
+    y, seen = torch.tensor([[1], [1], [1], [0], [0]]).bool(), torch.tensor([[1, 1, 0, 1, 0]]).bool()
+    scores = msae.probe_scores(seen, y)
+    assert (float(scores["accuracy"]), float(scores["f1"])) == pytest.approx((3 / 5, 2 / 3))
+    assert float(scores["balanced_accuracy"]) == pytest.approx((2 / 3 + 1 / 2) / 2)
+
+
+def test_probe_finds_the_latent_of_a_label_its_splitting_and_its_absorption():
+    """Label 0 is dimension 0, seen by one latent; label 1 is dimension 1, with one latent where dimension 2 is on and one where not."""
+    on = torch.rand(4000, 3, generator=torch.Generator().manual_seed(0)) < 0.4
+    sae, x = msae.MatryoshkaSAE(3, 3, (1, 3)), on.float()
+    sae.W_dec.data.copy_(torch.eye(3)[[0, 1, 1]])
+    sae.W_enc.data.copy_(torch.tensor([[1.0, 0, 0], [0, 1, 1], [0, 1, -2]]))  # (D, F)
+    sae.b_enc.data.copy_(torch.tensor([0.0, -1.0, 0]))
+    figures = msae.probe(sae, x, on[:, :2])
+    assert figures["raw"] == {"accuracy": 1.0, "f1": 1.0} and [level["latents"] for level in figures["prefixes"]] == [1, 3]
+    level, by_label = figures["prefixes"][1], figures["prefixes"][1]["absorption_by_label"]
+    assert by_label["0"] == 0 and by_label["1"] == pytest.approx(0.4, abs=0.05) and level["splitting"] == 1.5
+    assert level["probes"][0]["f1"] < 0.95 and level["probes"][1]["f1"] == 1.0 and figures["prefixes"][0]["probes"][0]["f1"] < 0.9
+    assert figures["erasure"][0]["own"] == pytest.approx((0.5 + 0.5 * 0.6) / 2, abs=0.03) and figures["erasure"][0]["others"] == 0
+    assert figures["erasure"][1]["own"] == pytest.approx(0.5, abs=0.01)
+
+
+@pytest.mark.parametrize("labels, names", [(np.zeros(40), "float64"), (np.zeros(39, int), "(40,)"), (np.zeros((40, 2), int) + 2, "0 and 1"),
+                                           (np.zeros(40, int), "label, got 0"), (np.arange(40) == 3, "label")])
+def test_labels_that_cannot_be_probed_are_refused(labels, names):
+    with pytest.raises(ValueError, match=re.escape(names)):
+        msae.probe(msae.MatryoshkaSAE(3, 4), torch.randn(40, 3), labels)
+
+
+# ------------------------------------------------------------------------------------------------------------ TinyModel
+
+
+def tiny(n_layers=3, n_vocab=50, seed=0):
+    torch.manual_seed(seed)
+    model = msae.TinyModel(n_layers, 32, 16, 64, n_vocab, 24).eval()
+    torch.nn.init.normal_(model.pos_embed)
+    return model
+
+
+def naive_tiny_model(state, ids, n_heads=16):
+    """The description of noanabeshima/tiny_model, one text, one head and one position at a time: logits and all residual streams."""
+    logits, streams = [], []
+    for text in ids:
+        x, stream = state["embed.weight"][text] + state["pos_embed"][0, : len(text)], []
+        for i in range(1 + max(int(key.split(".")[1]) for key in state if key.startswith("torso"))):
+            stream.append(x)
+            part = {key.split(".", 2)[2]: value for key, value in state.items() if key.startswith(f"torso.{i}.")}
+            out, size = torch.zeros_like(x), x.shape[1] // n_heads
+            for h in range(n_heads):
+                q, k, v = (x @ part[f"attn.{name}.weight"].T[:, h * size:(h + 1) * size] for name in "QKV")
+                for t in range(len(x)):
+                    scores = torch.tensor([float(q[t] @ k[s]) / size**0.5 for s in range(t + 1)]).exp()
+                    out[t, h * size:(h + 1) * size] = (scores / scores.sum()) @ v[: t + 1]
+            x = x + out @ part["attn.O.weight"].T + part["attn.O.bias"]
+            hidden = (x @ part["mlp.read_in.weight"].T + part["mlp.read_in.bias"]).clamp_min(0)
+            x = x + hidden @ part["mlp.write_out.weight"].T + part["mlp.write_out.bias"]
+        streams.append([*stream, x])
+        logits.append(x @ state["lm_head.weight"].T + state["lm_head.bias"])
+    return torch.stack(logits), [torch.stack(layer) for layer in zip(*streams)]
+
+
+@torch.no_grad()
+def test_tiny_model_equals_its_description(tmp_path):
+    model = tiny()
+    keys = {"embed.weight", "pos_embed", "lm_head.weight", "lm_head.bias"} | {f"torso.{i}.{key}" for i in range(3) for key in (
+        "attn.Q.weight", "attn.K.weight", "attn.V.weight", "attn.O.weight", "attn.O.bias",
+        "mlp.read_in.weight", "mlp.read_in.bias", "mlp.write_out.weight", "mlp.write_out.bias")}
+    assert set(model.state_dict()) == keys
+    torch.save({key: value.bfloat16() for key, value in model.state_dict().items()}, tmp_path / "tiny.pt")
+    model = msae.TinyModel.load(tmp_path / "tiny.pt")
+    assert not model.training and {p.dtype for p in model.parameters()} == {torch.float32}
+    ids = torch.randint(50, (3, 17))
+    logits, streams = naive_tiny_model(model.state_dict(), ids)
+    torch.testing.assert_close(model(ids), logits, rtol=1e-5, atol=1e-5)
+    for layer, stream in zip(model.layers, streams, strict=True):
+        with msae.activation_hook(layer, "input", stop=True) as captured:
+            model(ids)
+        torch.testing.assert_close(captured[0], stream, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.skipif("MSAE_HUB" not in os.environ, reason="downloads from the Hub where MSAE_HUB is set")
+@pytest.mark.parametrize("name, expected", [("tiny_model.pt", [13.61935, 27.03831, 14.77878, 15.21049, 19.16437]),
+                                            ("tiny_model_2L_1E.pt", [14.83634, 27.60631, 16.46386, 16.65712, 19.72797]),
+                                            ("tiny_model_2L_3E.pt", [25.15317, 39.79271, 28.82510, 27.84330, 31.72397])])
+def test_published_tiny_models_have_the_published_logits(name, expected):
+    logits = msae.TinyModel.load(name)(torch.tensor([[9996, 51, 56, 4, 36]]))
+    torch.testing.assert_close(logits[0, -1, :5], torch.tensor(expected), rtol=1e-4, atol=1e-3)
+
+
+class Canary:
+    def __reduce__(self):
+        return Path.touch, (Path("canary"),)
+
+
+@pytest.mark.parametrize("content", [{"embed.weight": torch.zeros(3, 4)}, {}, 3, Canary(), b"junk"], ids=str)
+def test_a_file_that_is_not_a_tiny_model_is_refused_and_never_run(tmp_path, monkeypatch, content):
+    monkeypatch.chdir(tmp_path)
+    torch.save(content, "bad.pt") if content != b"junk" else Path("bad.pt").write_bytes(content)
+    with pytest.raises(ValueError, match="bad.pt is not a state dict of TinyModel"):
+        msae.TinyModel.load("bad.pt")
+    assert not Path("canary").exists()
+
+
+def test_a_download_with_another_checksum_is_refused(tmp_path, monkeypatch):
+    torch.save(tiny().state_dict(), tmp_path / "tiny.pt")
+    monkeypatch.setattr(msae, "hub_file", lambda repo, name, revision: tmp_path / "tiny.pt")
+    with pytest.raises(ValueError, match="must have the sha256 dec406b1"):
+        msae.TinyModel.load("tiny_model.pt")
+
+
+class Wrapped(torch.nn.Module):
+    """A block in the manner of other libraries: input by name, a tuple out."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.last = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+        self.block = torch.nn.Module()
+        self.block.forward = lambda hidden_states, scale=1.0: (self.linear(hidden_states) * scale, "cache")
+
+    def forward(self, input_ids, attention_mask=None):
+        return self.last(self.block(hidden_states=torch.nn.functional.one_hot(input_ids, 4).float(), scale=2.0)[0])
+
+
+@torch.no_grad()
+def test_the_hook_captures_and_replaces_inputs_and_tuple_outputs():
+    model, ids = Wrapped().eval(), torch.tensor([[0, 1, 3]])
+    with msae.activation_hook(model.block, "input") as inputs, msae.activation_hook(model.block) as outputs:
+        plain = model(ids)
+    one_hot = torch.eye(4)[ids]
+    assert torch.equal(inputs[0], one_hot) and torch.equal(outputs[0], 2 * model.linear(one_hot)) and not outputs[0].requires_grad
+    for at in ("input", "output"):
+        with msae.activation_hook(model.block, at, replace=lambda x: x.double() * 0):
+            replaced = model(ids)
+        expected = model.last(2 * model.linear(0 * one_hot)) if at == "input" else model.last(torch.zeros(1, 3, 4))
+        torch.testing.assert_close(replaced, expected)
+    assert torch.equal(model(ids), plain)  # nothing stays behind
+    module = torch.nn.Module()
+    module.forward = lambda: None
+    for at in ("input", "output"):
+        with pytest.raises(ValueError, match="must be a tensor or start with one, got NoneType"), msae.activation_hook(module, at):
+            module()
+
+
+def test_harvest_writes_the_rows_of_the_stream_and_no_wasted_layer(tmp_path, monkeypatch):
+    model, ids = tiny(), torch.randint(3, 50, (40, 17))
+    ids[:, 0], ids[5:9, 12:] = 1, 2
+    with torch.no_grad(), msae.activation_hook(model.torso[1], "input") as captured:
+        model(ids)
+    expected = captured[0][(ids != 1) & (ids != 2)]
+    monkeypatch.setattr(model.torso[2], "forward", None)
+    seen = []
+    n = msae.harvest(model, model.torso[1], ids.split(7), tmp_path / "a.npy", "input", drop=(1, 2), dtype="float32", on_rows=seen.append)
+    assert n == len(expected) == 40 * 16 - 20 == seen[-1] and len(seen) == 6
+    np.testing.assert_allclose(np.load(tmp_path / "a.npy"), expected, rtol=1e-5, atol=1e-6)
+    assert msae.harvest(model, model.torso[1], ids.split(7), tmp_path / "b.npy", "input", drop=(1, 2), max_rows=123) == 123
+    half = np.load(tmp_path / "b.npy")
+    assert half.dtype == np.float16 and half.shape == (123, 32) and sorted(p.name for p in tmp_path.iterdir()) == ["a.npy", "b.npy"]
+    np.testing.assert_allclose(half, expected[:123], rtol=1e-3, atol=1e-3)
+
+
+def test_harvest_of_another_model_leaves_padding_out(tmp_path):
+    model, mask = Wrapped().eval(), torch.tensor([[1, 1, 1], [1, 0, 0]])
+    batch = {"input_ids": torch.tensor([[0, 1, 2], [3, 0, 0]]), "attention_mask": mask}
+    assert msae.harvest(model, model.block, [batch], tmp_path / "a.npy", dtype="float32") == 4
+    np.testing.assert_allclose(np.load(tmp_path / "a.npy"), (2 * model.linear(torch.eye(4)))[[0, 1, 2, 3]].detach(), rtol=1e-5)
+
+
+def test_a_cut_harvest_leaves_no_file(tmp_path):
+    model, ids = tiny(), torch.randint(50, (4, 9))
+
+    def cut(error):
+        yield ids
+        raise error
+    for error in (KeyboardInterrupt(), OSError("gone")):
+        with pytest.raises(type(error)):
+            msae.harvest(model, model.torso[0], cut(error), tmp_path / "a.npy")
+    model.torso[0].mlp["write_out"].bias.data.fill_(1e5)
+    with pytest.raises(ValueError, match="fit in float16"):
+        msae.harvest(model, model.torso[0], [ids], tmp_path / "a.npy")
+    with pytest.raises(ValueError, match="evaluation mode"):
+        msae.harvest(model.train(), model.torso[0], [ids], tmp_path / "a.npy")
+    model.eval()
+    with pytest.raises(ValueError, match="no call"):
+        msae.harvest(model, torch.nn.Linear(2, 2), [ids], tmp_path / "a.npy")
+    with pytest.raises(ValueError, match="at least one row"):
+        msae.harvest(model, model.torso[0], [ids], tmp_path / "a.npy", drop=range(50), dtype="float32")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a limit on file sizes")
+def test_harvest_on_a_full_disk_is_an_error_and_leaves_no_file(tmp_path):
+    import resource
+    model, ids = tiny(), torch.randint(50, (64, 24))
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="a.npy could not be written"):
+            msae.harvest(model, model.torso[0], [ids] * 100, tmp_path / "a.npy")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert not list(tmp_path.iterdir())
+
+
+def test_tokens_are_read_from_jsonl_and_npy(tmp_path):
+    ids = np.random.default_rng(0).integers(0, 50, (150, 9))
+    np.save(tmp_path / "ids.npy", ids.astype(np.uint16))
+    (tmp_path / "ids.jsonl").write_text("".join(json.dumps({"tok_ids": row}) + "\r\n" for row in ids.tolist()))
+    for name in ("ids.npy", "ids.jsonl"):
+        batches = list(msae.read_tokens(tmp_path / name, n_vocab=50))
+        assert [len(b) for b in batches] == [64, 64, 22] and torch.equal(torch.cat(batches), torch.from_numpy(ids))
+
+
+BAD_LINES = {"{": "line 3 is not", "": "line 3 is not", "[1, 2]": "line 3 is not", '{"tok_ids": 7}': "line 3 is not", '{"ids": [1]}': "line 3 is not",
+             '{"tok_ids": [1.5, 2]}': "whole numbers", '{"tok_ids": [[1], [2]]}': "line 3 is not", '{"tok_ids": [true, false]}': "whole numbers",
+             '{"tok_ids": [1, 50]}': r"line 3: ids must lie in \[0, 50\), got 50", '{"tok_ids": [-1, 5]}': r"got -1",
+             '{"tok_ids": [1, 2, 3]}': "must be 2 ids as in the first, got 3", '{"tok_ids": []}': "line 3", '{"tok_ids": [1, 99999999999999999999]}': "line 3",
+             '{"tok_ids": "12"}': "line 3 is not", "[" * 100_000: "line 3 is not", "\u00ff": "line 3 is not"}
+
+
+@pytest.mark.parametrize("line", BAD_LINES, ids=lambda line: line[:30])
+def test_a_bad_line_of_tokens_is_named_by_its_number(tmp_path, line):
+    good = '{"tok_ids": [1, 2]}\n'
+    (tmp_path / "ids.jsonl").write_bytes((good * 2 + line + "\n" + good).encode("latin-1"))
+    with pytest.raises(ValueError, match=BAD_LINES[line]):
+        list(msae.read_tokens(tmp_path / "ids.jsonl", n_vocab=50))
+    (tmp_path / "long.jsonl").write_text(json.dumps({"tok_ids": [1] * 257}))
+    with pytest.raises(ValueError, match="line 1: tok_ids must be 1 to 256 ids, the positions of the model, got 257"):
+        list(msae.read_tokens(tmp_path / "long.jsonl"))
+
+
+@torch.no_grad()
+def test_loss_recovered_by_hand():
+    model, ids = tiny(), torch.randint(2, 50, (6, 11))
+    ids[:, 0] = 1
+    sae = msae.MatryoshkaSAE(32, 64, (16, 64))
+    figures = msae.loss_recovered(model, model.torso[1], sae, ids.split(4), drop=(1,))
+
+    def loss(change):
+        x = model.torso[0](model.embed(ids) + model.pos_embed[:, :11])
+        x = torch.cat([x[:, :1], change(x[:, 1:])], dim=1)
+        log_p = model.lm_head(model.torso[2](model.torso[1](x))).log_softmax(-1)
+        return -np.mean([float(log_p[b, t, ids[b, t + 1]]) for b in range(6) for t in range(10)])
+    clean, zeroed, short, full = loss(lambda x: x), loss(lambda x: 0 * x), loss(lambda x: sae.decode(sae.encode(x, 16))), loss(sae)
+    assert figures["tokens"] == 60 and (figures["clean"], figures["zeroed"]) == pytest.approx((clean, zeroed), rel=1e-5)
+    assert [level["spliced"] for level in figures["prefixes"]] == pytest.approx([short, full], rel=1e-5)
+    assert figures["prefixes"][0]["recovered"] == pytest.approx((zeroed - short) / (zeroed - clean), rel=1e-3)
 
 
 # --------------------------------------------------------------------------------------------------------- command line
@@ -906,6 +1179,58 @@ def test_bench_shows_the_step_beside_the_product():
     assert "got 65" in run("bench", "--latents", 64, "--k", 65, code=1)
 
 
+@pytest.fixture
+def texts(tmp_path, monkeypatch):
+    """A small model of the published vocabulary, and texts for it, some padded."""
+    monkeypatch.chdir(tmp_path)
+    torch.save({key: value.bfloat16() for key, value in tiny(n_vocab=10_000).state_dict().items()}, "tiny.pt")
+    ids = np.random.default_rng(0).integers(0, 9000, (300, 20))
+    ids[:, 0], ids[:50, 15:] = msae.BEGIN, msae.PAD
+    Path("ids.jsonl").write_text("".join(json.dumps({"tok_ids": row}) + "\n" for row in ids.tolist()))
+    return ids
+
+
+def test_harvest_train_and_eval_from_tokens_to_a_verdict(texts, tmp_path):
+    output = run("harvest", "--model", "tiny.pt", "--tokens", "ids.jsonl", "--layer", 2, "--out", "acts.npy")
+    n = 300 * 19 - 50 * 5
+    assert f"{n:,} rows" in output and np.load("acts.npy").shape == (n, 32) and np.load("acts.npy").dtype == np.float16
+    about = json.loads(Path("acts.npy.json").read_text())
+    assert about["model_name"] == "tiny.pt" and about["hook_name"] == "torso.2.input" and about["dataset"] == "ids.jsonl"
+    assert "acts.npy exists" in run("harvest", "--model", "tiny.pt", "--tokens", "ids.jsonl", code=1)
+    run("train", "--acts", "acts.npy", "--latents", 64, "--k", 4, "--steps", 60, "--batch-size", 256, "--baseline")
+    np.save("labels.npy", texts[(texts != msae.BEGIN) & (texts != msae.PAD)] % 3)
+    output = run("eval", "runs/acts-64", "runs/acts-64/vanilla", "--acts", "acts.npy", "--labels", "labels.npy",
+                 "--tokens", "ids.jsonl", "--model", "tiny.pt", "--layer", 2, "--max-tokens", 1000)
+    assert "recovered" in output and "absorbed" in output and "erasure" in output and "█" in output
+    for folder, levels in (("runs/acts-64", 5), ("runs/acts-64/vanilla", 1)):
+        found = json.loads(Path(folder, "eval.json").read_text())
+        assert found["rows"] == n and len(found["prefixes"]) == len(found["loss"]["prefixes"]) == len(found["labels"]["prefixes"]) == levels
+        assert found["loss"]["clean"] < 20 and sum(found["frequencies"]["counts"]) == round(64 * (1 - found["dead"]))
+        expected = msae.evaluate(msae.MatryoshkaSAE.load(folder), "acts.npy")
+        assert {key: found[key] for key in expected} == expected
+    output = run("eval", "runs/acts-64", "--acts", "acts.npy", "--out", "one.json")
+    assert "wrote one.json" in output and json.loads(Path("one.json").read_text())["checkpoint"] == "runs/acts-64"
+
+
+@pytest.mark.parametrize("arguments, names", [
+    (["harvest", "--model", "nowhere.pt"], "neither a file nor one of the published tiny_model.pt"),
+    (["harvest", "--model", "tiny.pt", "--tokens", "nowhere.jsonl"], "nowhere.jsonl"),
+    (["harvest", "--model", "tiny.pt", "--tokens", "ids.jsonl", "--layer", 4], "4 must be at most 3"),
+    (["harvest", "--model", "tiny.pt", "--tokens", "bad.jsonl"], "line 301: ids must lie in"),
+    (["harvest", "--model", "tiny.pt", "--tokens", "ids.jsonl", "--max-rows", 0], "--max-rows"),
+    (["eval", "nowhere", "--acts", "ids.npy"], "ids.npy"),
+])
+def test_bad_harvests_leave_no_file(texts, tmp_path, arguments, names):
+    Path("bad.jsonl").write_text(Path("ids.jsonl").read_text() + json.dumps({"tok_ids": [10_000] * 20}))
+    before = sorted(tmp_path.iterdir())
+    assert names in run(*arguments, code=2 if "--max-rows" in arguments or 4 in arguments else 1) and sorted(tmp_path.iterdir()) == before
+
+
+def test_harvest_refuses_a_disk_that_is_too_small_before_it_starts(texts, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 1000}))
+    assert "would take 0.0 GB" in run("harvest", "--model", "tiny.pt", "--tokens", "ids.jsonl", code=1) and not Path("acts.npy").exists()
+
+
 def test_toy_refuses_a_folder_with_other_files_and_a_bad_config(tmp_path):
     (tmp_path / "cfg.json").write_text("precious")
     assert "cfg.json" in run("toy", "--out", tmp_path, code=1)
@@ -915,7 +1240,7 @@ def test_toy_refuses_a_folder_with_other_files_and_a_bad_config(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("command", [[], ["toy"], ["train"], ["bench"]])
+@pytest.mark.parametrize("command", [[], ["toy"], ["train"], ["harvest"], ["eval"], ["bench"]])
 def test_help_shows_an_example(command):
     output = run(*command, "--help")
     assert not command or f"python cli.py {command[0]}" in output
