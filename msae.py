@@ -932,53 +932,64 @@ def probe_scores(seen, y):
 def probe(sae, x, labels, seed=0, most=5, erased=(1, 2, 5)):
     """How rows ``x`` (n, D) with ``labels``, (n,) whole numbers or (n, C) of 0 and 1, are told by few latents; half is held out.
 
-    ``probes``: accuracy and F1, means over the labels, of logistic regression on the raw rows and, per prefix, on the k =
-    1..``most`` latents of largest |mean difference| (Gurnee et al. 2023, arXiv 2305.01610). ``absorption``: share of held-out
-    positives that the raw probe sees and the label's main latent (of largest mean difference) is silent on; ``splitting``: how many latents, each
-    raising F1 by more than 0.03, a label needs. Both after Chanin et al. 2024, arXiv 2409.14507, who find the main latents by
-    probe weights and demand that an absorbing latent be found. ``erasure``: by how much the raw probes' balanced accuracy falls,
-    the label's own and the others' on average, once the contribution of its top latents is taken out of ``x``; top by (mean
-    difference) x (decoder row . probe): targeted probe perturbation of SAEBench, arXiv 2503.09532, which ablates in the
-    reconstruction and balances the classes. ``ValueError`` where a label lacks rows with or without it.
+    {"rows", "labels", "raw": accuracy and F1 of logistic regression on the rows, means over the labels, "prefixes": [what
+    ``sparse_probing`` returns], "erasure": [what ``erase`` returns, for each number ``erased``]}. ``ValueError`` where a label
+    lacks rows with or without it. Runs on the CPU.
     """
     y, names = label_matrix(labels, len(x))
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
-    halves = order[: len(x) // 2], order[len(x) // 2:]
-    for half in halves:
-        rare = y[half].sum(0).minimum((~y[half]).sum(0))
-        _require(bool(rare.min() > 0), "each label needs rows with and without it in both halves; too few for label", names[int(rare.argmin())])
-    (x, test), (y, truth) = [x[half].float() for half in halves], [y[half] for half in halves]
-    w, b = logistic_regression(x, y)
-    raw = probe_logits(test, w, b)
-    found = probe_scores(raw > 0, truth)
-    sums = sum(torch.stack([part.T.float(), (~part).T.float()]) @ sae.encode(rows) for rows, part in zip(x.split(2048), y.split(2048)))
-    difference = sums[0] / y.sum(0)[:, None] - sums[1] / (~y).sum(0)[:, None]  # (C, F)
-    levels, most = [], min(most, len(sae.b_enc))
-    for p in sae.prefixes:
-        top = difference[:, :p].abs().topk(min(most, p), dim=1).indices  # (C, most)
-        train_codes, codes = (_columns(sae, rows, top) for rows in (x, test))  # (C, n, most)
-        scores = []
-        for k in range(1, top.shape[1] + 1):
-            scores.append(probe_scores(probe_logits(codes[:, :, :k], *logistic_regression(train_codes[:, :, :k], y)) > 0, truth))
-        gains = torch.stack([score["f1"] for score in scores]).diff(dim=0) > 0.03
-        main = _columns(sae, test, difference[:, :p].argmax(dim=1)[:, None])[:, :, 0]
-        positives = truth.T & (raw > 0)
-        silent = (positives & (main == 0)).sum(1) / positives.sum(1)
-        levels.append({"latents": p, "absorption": _mean(silent), "splitting": _mean(1.0 + gains.cumprod(dim=0).sum(0)),
-                       "absorption_by_label": dict(zip(names, silent.tolist())),
-                       "probes": [{"k": k, "accuracy": _mean(score["accuracy"]), "f1": _mean(score["f1"])} for k, score in enumerate(scores, 1)]})
-    effect, erasure = difference * (w @ sae.W_dec.T), []
-    for n in (n for n in erased if n <= len(sae.b_enc)):
-        top = effect.topk(n, dim=1).indices
-        codes = _columns(sae, test, top)  # (C, n_test, n)
-        own, others = [], []
-        for c in range(len(w)):
-            seen = raw - (codes[c] @ (sae.W_dec[top[c]] @ w.T)).T > 0
-            fall = found["balanced_accuracy"] - probe_scores(seen, truth)["balanced_accuracy"]
-            own.append(float(fall[c]))
-            others.append(float((fall.sum() - fall[c]) / max(1, len(w) - 1)))
-        erasure.append({"latents": n, "own": sum(own) / len(w), "others": sum(others) / len(w)})
-    return {"rows": len(order), "labels": names, "raw": {name: _mean(found[name]) for name in ("accuracy", "f1")}, "prefixes": levels, "erasure": erasure}
+    train, test = ((x[half].float(), y[half]) for half in (order[: len(x) // 2], order[len(x) // 2:]))
+    rare = torch.stack([count for _, y in (train, test) for count in (y.sum(0), (~y).sum(0))]).amin(dim=0)
+    _require(bool(rare.min() > 0), "each label must have rows with it and without it in both halves; too few for label", names[int(rare.argmin())])
+    w, b = logistic_regression(*train)
+    raw = probe_logits(test[0], w, b)
+    parts = [(sae.encode(rows), part.float()) for rows, part in zip(train[0].split(2048), train[1].split(2048))]
+    with_label, without = sum(part.T @ acts for acts, part in parts), sum((1 - part).T @ acts for acts, part in parts)
+    difference = with_label / train[1].sum(0)[:, None] - without / (~train[1]).sum(0)[:, None]  # (C, F)
+    found = probe_scores(raw > 0, test[1])
+    return {"rows": len(x), "labels": names, "raw": {name: _mean(found[name]) for name in ("accuracy", "f1")},
+            "prefixes": [sparse_probing(sae, difference[:, :p], train, test, raw > 0, most) for p in sae.prefixes],
+            "erasure": [erase(sae, n, difference, test, w, raw) for n in erased if n <= len(sae.b_enc)]}
+
+
+def sparse_probing(sae, difference, train, test, seen, most):
+    """Figures of the first latents, as many as ``difference`` (C, p) of mean activations has columns, over (rows, labels) ``test``.
+
+    ``probes``: accuracy and F1, means over the labels, of logistic regression on the k = 1..``most`` latents of largest |mean
+    difference| (Gurnee et al. 2023, arXiv 2305.01610). ``absorption``: share of the positives that the raw probe has ``seen``
+    (C, n) and the label's main latent, of largest mean difference, is silent on. ``splitting``: how many latents a label needs,
+    each raising F1 by more than 0.03. Both after Chanin et al. 2024, arXiv 2409.14507, who find the main latents by probe
+    weights and demand that an absorbing latent be found.
+    """
+    (x, y), (x_test, y_test), p = train, test, difference.shape[1]
+    top, scores = difference.abs().topk(min(most, p), dim=1).indices, []  # (C, most)
+    codes, codes_test = _columns(sae, x, top), _columns(sae, x_test, top)  # (C, n, most)
+    for k in range(1, top.shape[1] + 1):
+        scores.append(probe_scores(probe_logits(codes_test[:, :, :k], *logistic_regression(codes[:, :, :k], y)) > 0, y_test))
+    gains = torch.stack([score["f1"] for score in scores]).diff(dim=0) > 0.03
+    silent = _columns(sae, x_test, difference.argmax(dim=1)[:, None])[:, :, 0] == 0
+    positives = y_test.T & seen
+    absorbed = (positives & silent).sum(1) / positives.sum(1)
+    return {"latents": p, "absorption": _mean(absorbed), "absorption_by_label": absorbed.tolist(),
+            "splitting": _mean(1.0 + gains.cumprod(dim=0).sum(0)),
+            "probes": [{"k": k, "accuracy": _mean(score["accuracy"]), "f1": _mean(score["f1"])} for k, score in enumerate(scores, 1)]}
+
+
+def erase(sae, n, difference, test, w, raw):
+    """By how much the raw probes ``w`` (C, D) lose balanced accuracy once each label's top ``n`` latents are taken out of the rows.
+
+    {"latents": n, "own": of the label's probe, "others": mean over the others'}. Top by mean difference x (decoder row . probe),
+    the first-order effect. Targeted probe perturbation of SAEBench, arXiv 2503.09532; deviations: the latents' contribution is
+    taken out of the rows, not of their reconstruction, and balanced accuracy stands in for balanced classes.
+    """
+    x, y = test
+    top, before = (difference * (w @ sae.W_dec.T)).topk(n, dim=1).indices, probe_scores(raw > 0, y)["balanced_accuracy"]
+    falls = []  # of all probes, for each label erased
+    for latents, codes in zip(top, _columns(sae, x, top)):
+        falls.append(before - probe_scores(raw - (codes @ (sae.W_dec[latents] @ w.T)).T > 0, y)["balanced_accuracy"])
+    falls = torch.stack(falls)
+    own = falls.diagonal().sum()
+    return {"latents": n, "own": float(own / len(w)), "others": float((falls.sum() - own) / max(1, len(w) * (len(w) - 1)))}
 
 
 def _mean(values):
@@ -992,7 +1003,7 @@ def _columns(sae, rows, latents, size=2048):
 
 def label_matrix(labels, n):
     """``labels``, (n,) whole numbers or (n, C) of 0 and 1, as a boolean matrix (n, C) and the names of its columns."""
-    labels = torch.from_numpy(np.array(labels))
+    labels = labels if isinstance(labels, torch.Tensor) else torch.from_numpy(np.array(labels))
     labels = labels.flatten() if labels.numel() == n else labels
     whole = not labels.is_floating_point() and not labels.is_complex()
     _require(whole and labels.dim() in (1, 2) and len(labels) == n, f"labels must be whole numbers ({n},) or 0 and 1 ({n}, C)",

@@ -816,7 +816,7 @@ def test_probe_finds_the_latent_of_a_label_its_splitting_and_its_absorption():
     figures = msae.probe(sae, x, on[:, :2])
     assert figures["raw"] == {"accuracy": 1.0, "f1": 1.0} and [level["latents"] for level in figures["prefixes"]] == [1, 3]
     level, by_label = figures["prefixes"][1], figures["prefixes"][1]["absorption_by_label"]
-    assert by_label["0"] == 0 and by_label["1"] == pytest.approx(0.4, abs=0.05) and level["splitting"] == 1.5
+    assert by_label[0] == 0 and by_label[1] == pytest.approx(0.4, abs=0.05) and level["splitting"] == 1.5
     assert level["probes"][0]["f1"] < 0.95 and level["probes"][1]["f1"] == 1.0 and figures["prefixes"][0]["probes"][0]["f1"] < 0.9
     assert figures["erasure"][0]["own"] == pytest.approx((0.5 + 0.5 * 0.6) / 2, abs=0.03) and figures["erasure"][0]["others"] == 0
     assert figures["erasure"][1]["own"] == pytest.approx(0.5, abs=0.01)
