@@ -260,9 +260,8 @@ def train(acts, device, out, config, spare, baseline, resume, init_from, save_mi
                 sae = msae.train(rows, own, device=device, out=where, resume=again, save_minutes=save_minutes,
                                  metadata={name: origin[name] for name in ORIGIN if name in origin},
                                  init_from=init_from if name == "matryoshka" and not again else None, on_log=bar.reporter(name if baseline else "train", own) if first else None)
-            figures[name] = msae.evaluate(sae, held_out) if first else None
             if first:
-                write(where / EVAL, figures[name])
+                write(where / EVAL, figures.setdefault(name, msae.evaluate(sae, held_out)))
     if first:
         console.print(figures_table(figures))
         console.print("dead: latents that never fire on these rows; cosine: mean over latents of the largest with another decoder row\n"
@@ -390,6 +389,8 @@ license: {license}
 A Matryoshka sparse autoencoder: {F} latents for raw activations of width {D}. Each of its prefixes, the first {prefixes}
 latents, is a sparse autoencoder too.
 
+Trained on
+
 {facts}
 
 ## Figures
@@ -410,16 +411,20 @@ general = sae.encode(x, prefix={p})  # (8, {p}): the SAE that the first {p} late
 recon = sae.decode(codes)  # (8, {D})
 ```
 
-With [SAELens](https://github.com/decoderesearch/SAELens) (`pip install sae-lens`):
+With SAELens (`pip install sae-lens`):
 
 ```python
 import torch
-{saelens}
-x = torch.randn(8, {D})
-codes = sae.encode(x)
+from huggingface_hub import snapshot_download
+from sae_lens import SAE
+
+sae = {saelens}
+codes = sae.encode(torch.randn(8, {D}))
 recon = sae.decode(codes)
 ```
 """
+HELD_OUT = """On {:,} rows that training did not see. FVU: squared error over variance; L0: active latents per row;
+dead: latents that never fire; cosine: mean over latents of the largest with another decoder row."""
 
 
 @main.command()
@@ -448,9 +453,9 @@ def push(checkpoint, repo, private, revision, commit_message, create_pr, token, 
         raise click.UsageError("--create-pr opens a pull request to main: leave --revision out")
     folder = (checkpoint or newest_checkpoint()).resolve()
     sae, repo = msae.MatryoshkaSAE.load(folder), repo or folder.name
-    files = {name: (folder / name).read_bytes() for name in (msae.WEIGHTS, msae.CONFIG, msae.METRICS, EVAL)
-             if name in (msae.WEIGHTS, msae.CONFIG) or (folder / name).is_file()}
+    files = {name: (folder / name).read_bytes() for name in (msae.WEIGHTS, msae.CONFIG)}
     files["config.json"] = files[msae.CONFIG]  # the Hub counts downloads by it
+    files.update({name: (folder / name).read_bytes() for name in (msae.METRICS, EVAL) if (folder / name).is_file()})
     with msae.hub_errors(f"{folder} cannot be pushed to {repo}"):
         from huggingface_hub import CommitOperationAdd, HfApi
         from huggingface_hub.utils import validate_repo_id
@@ -482,38 +487,25 @@ def newest_checkpoint():
 def model_card(sae, folder, repo, license, revision=None):
     """The README.md of ``repo``; its figures are those of eval.json in ``folder``, or the last of metrics.jsonl."""
     known, settings = sae.metadata, sae.metadata.get("training") or {}
-    facts = {**{name.replace("_", " "): known.get(name) or "not recorded" for name in ORIGIN}, "active latents per row (k)": known.get("k"),
-             **{name.replace("_", " "): settings.get(name) for name in ("steps", "batch_size", "lr", "order", "seed")}}
-    try:
-        figures = card_figures(folder)
-    except (KeyError, TypeError, IndexError) as error:
-        raise ValueError(f"{EVAL} or {msae.METRICS} in {folder} is not what training writes: {error!r}") from None
+    facts = {**{name: known.get(name) or "not recorded" for name in ORIGIN}, "k": known.get("k"),
+             **{name: settings.get(name) for name in ("steps", "batch_size", "lr", "order", "seed")}}
     at = f", revision={revision!r}" if revision else ""
-    saelens = f"from sae_lens import SAE\n\nsae = SAE.from_pretrained({repo!r}, \".\")" if not revision else (
-        f"from huggingface_hub import snapshot_download\nfrom sae_lens import SAE\n\nsae = SAE.load_from_disk(snapshot_download({repo!r}{at}))")
+    figures = "There was no evaluation on held-out rows."
+    try:
+        if (folder / EVAL).is_file():
+            found = msae.read_json(folder / EVAL)
+            *inner, whole = [f"| {p['latents']:,} | {p['fvu']:.4f} | {p['l0']:.2f} |" for p in found["prefixes"]]
+            figures = "\n".join(["| latents | FVU | L0 | dead | cosine |", "|---|---|---|---|---|", *(f"{row} | |" for row in inner),
+                                 f"{whole} {found['dead']:.2%} | {found['max_cosine']:.3f} |", "", HELD_OUT.format(found["rows"])])
+        elif (folder / msae.METRICS).is_file() and (lines := (folder / msae.METRICS).read_text().splitlines()):
+            last = json.loads(lines[-1])
+            figures += f" On a training batch at step {last['step']:,}: FVU {last['fvu']:.4f}, L0 {last['l0']:.2f}, dead {last['dead']:.2%}."
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{EVAL} or {msae.METRICS} in {folder} is not what training writes: {error!r}") from None
     return CARD.format(license=json.dumps(license), base=f"base_model: {json.dumps(known['base_model'])}\n" if known.get("base_model") else "",
                        title=repo.split("/")[1], F=len(sae.b_enc), D=len(sae.b_dec), p=sae.prefixes[0], prefixes=", ".join(map(str, sae.prefixes)),
-                       facts=table(["trained on", ""], [[name, str(value)] for name, value in facts.items() if value is not None]),
-                       figures=figures, source=f"{repo!r}{at}", saelens=saelens)
-
-
-def card_figures(folder):
-    """Markdown of the figures on disk."""
-    if (folder / EVAL).is_file():
-        found = msae.read_json(folder / EVAL)
-        rows = [[f"{p['latents']:,}", f"{p['fvu']:.4f}", f"{p['l0']:.2f}", "", ""] for p in found["prefixes"]]
-        rows[-1][3:] = f"{found['dead']:.2%}", f"{found['max_cosine']:.3f}"
-        return (table(["latents", "FVU", "L0", "dead", "cosine"], rows) + f"\n\nOn {found['rows']:,} rows that training did not see. FVU: squared error over "
-                "variance; L0: active latents per row;\ndead: latents that never fire; cosine: mean over latents of the largest with another decoder row.")
-    lines = (folder / msae.METRICS).read_text().splitlines() if (folder / msae.METRICS).is_file() else []
-    last = json.loads(lines[-1]) if lines else {}
-    return "There was no evaluation on held-out rows." + (
-        f" The last training batch logged (step {last['step']:,}): FVU {last['fvu']:.4f}, L0 {last['l0']:.2f}, dead {last['dead']:.2%}." if last else "")
-
-
-def table(head, rows):
-    """A Markdown table."""
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows))
+                       facts="\n".join(f"- {name.replace('_', ' ')}: {value}" for name, value in facts.items() if value is not None),
+                       figures=figures, source=f"{repo!r}{at}", saelens=f"SAE.load_from_disk(snapshot_download({repo!r}{at}))")
 
 
 # ------------------------------------------------------------------------------------------------------------- progress
