@@ -389,8 +389,6 @@ license: {license}
 A Matryoshka sparse autoencoder: {F} latents for raw activations of width {D}. Each of its prefixes, the first {prefixes}
 latents, is a sparse autoencoder too.
 
-Trained on
-
 {facts}
 
 ## Figures
@@ -486,9 +484,9 @@ def newest_checkpoint():
 
 def model_card(sae, folder, repo, license, revision=None):
     """The README.md of ``repo``; its figures are those of eval.json in ``folder``, or the last of metrics.jsonl."""
-    known, settings = sae.metadata, sae.metadata.get("training") or {}
+    known, settings = sae.metadata, sae.metadata.get("training")
     facts = {**{name: known.get(name) or "not recorded" for name in ORIGIN}, "k": known.get("k"),
-             **{name: settings.get(name) for name in ("steps", "batch_size", "lr", "order", "seed")}}
+             "settings": isinstance(settings, dict) and ", ".join(f"{name} {value}" for name, value in settings.items() if value is not None)}
     at = f", revision={revision!r}" if revision else ""
     figures = "There was no evaluation on held-out rows."
     try:
@@ -500,11 +498,11 @@ def model_card(sae, folder, repo, license, revision=None):
         elif (folder / msae.METRICS).is_file() and (lines := (folder / msae.METRICS).read_text().splitlines()):
             last = json.loads(lines[-1])
             figures += f" On a training batch at step {last['step']:,}: FVU {last['fvu']:.4f}, L0 {last['l0']:.2f}, dead {last['dead']:.2%}."
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, IndexError, TypeError, ValueError) as error:
         raise ValueError(f"{EVAL} or {msae.METRICS} in {folder} is not what training writes: {error!r}") from None
     return CARD.format(license=json.dumps(license), base=f"base_model: {json.dumps(known['base_model'])}\n" if known.get("base_model") else "",
                        title=repo.split("/")[1], F=len(sae.b_enc), D=len(sae.b_dec), p=sae.prefixes[0], prefixes=", ".join(map(str, sae.prefixes)),
-                       facts="\n".join(f"- {name.replace('_', ' ')}: {value}" for name, value in facts.items() if value is not None),
+                       facts="\n".join(f"- {name.replace('_', ' ')}: {value}" for name, value in facts.items() if value),
                        figures=figures, source=f"{repo!r}{at}", saelens=f"SAE.load_from_disk(snapshot_download({repo!r}{at}))")
 
 

@@ -381,6 +381,7 @@ class MatryoshkaSAE(nn.Module):
         """
         tensors, cfg, path = read_checkpoint(hub_folder(source, revision))
         D, F, metadata = cfg.get("d_in"), cfg.get("d_sae"), cfg.get("metadata") or {}
+        _require(all(isinstance(n, int) and n > 0 for n in (D, F)), f"d_in and d_sae beside {path} must be whole numbers above 0", (D, F))
         prefixes = metadata.get("prefixes") if isinstance(metadata, dict) else metadata
         _require(prefixes is None or isinstance(prefixes, list) and all(isinstance(p, int) for p in prefixes),
                  f"metadata beside {path} must be an object whose prefixes are whole numbers", repr(prefixes))
@@ -1088,7 +1089,7 @@ HUB_ADVICE = {  # by the Hub's error code or the HTTP status
     "GatedRepo": "it is gated, accept its terms on its page with the account of your token",
     "RepoNotFound": "there is no such repository, or it is private: check the name, or log in with `hf auth login`",
     401: "the token is missing or refused, log in with `hf auth login` or set HF_TOKEN", 500: "the Hub has a fault, try again later",
-    403: "your token may not do this: use one with write access, and a repository of yours or --create-pr",
+    403: "your token has no right to it: to push, use one with write access and a repository of yours, or --create-pr",
 }
 
 
@@ -1335,18 +1336,18 @@ def read_checkpoint(folder):
         found = torch.load(path, "cpu", weights_only=True) if peer else load_file(path)
         _require(set(found) == set(FORMATS[kind]), f"{path} must hold the tensors {', '.join(FORMATS[kind])}", ", ".join(found))
         tensors = {ours: found[theirs].float() for ours, theirs in zip(OURS, FORMATS[kind])}
+        if tensors["threshold"].ndim == 0:
+            tensors["threshold"] = tensors["threshold"].repeat(len(tensors["b_enc"]))
         if peer:
-            (D, F), prefixes = tensors["W_enc"].shape, found["group_sizes"].cumsum(0).tolist()
-            cfg = {"d_in": D, "d_sae": F, "metadata": {"k": int(found["k"]), "prefixes": prefixes}}
+            cfg = {"d_in": tensors["W_dec"].size(1), "d_sae": tensors["W_dec"].size(0),
+                   "metadata": {"k": int(found["k"]), "prefixes": found["group_sizes"].cumsum(0).tolist()}}
+        if cfg.get("rescale_acts_by_decoder_norm"):  # SAELens while it trains
+            norm = tensors["W_dec"].norm(dim=1)
+            tensors.update(W_enc=tensors["W_enc"] * norm, b_enc=tensors["b_enc"] * norm, W_dec=tensors["W_dec"] / norm[:, None])
     except (OSError, ValueError):
         raise
     except Exception as error:  # torch and safetensors raise whatever a damaged file leads them to
-        raise ValueError(f"{path} is damaged or holds more than tensors: {str(error).splitlines()[0][:200]}") from None
-    if tensors["threshold"].ndim == 0:
-        tensors["threshold"] = tensors["threshold"].repeat(len(tensors["b_enc"]))
-    if cfg.get("rescale_acts_by_decoder_norm"):  # SAELens while it trains
-        norm = tensors["W_dec"].norm(dim=1)
-        tensors.update(W_enc=tensors["W_enc"] * norm, b_enc=tensors["b_enc"] * norm, W_dec=tensors["W_dec"] / norm[:, None])
+        raise ValueError(f"{path} is damaged or holds more than tensors: {type(error).__name__}: {error}".splitlines()[0][:300]) from None
     return tensors, cfg, path
 
 

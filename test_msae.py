@@ -1344,7 +1344,8 @@ def test_checkpoints_of_saelens_load(tmp_path, kind):
 
 def dictionary_learning(monkeypatch):
     """The package; modules of its language-model half that are not installed are left empty."""
-    pytest.importorskip("dictionary_learning", exc_type=ImportError) if importlib.util.find_spec("dictionary_learning") is None else None
+    if importlib.util.find_spec("dictionary_learning") is None:
+        pytest.skip("dictionary_learning is not installed")
     while True:
         try:
             return importlib.import_module("dictionary_learning.utils")
@@ -1360,7 +1361,8 @@ def test_dictionary_learning_and_back(tmp_path, monkeypatch):
     sae = msae.train(x, config(), metadata={"model_name": "tiny"})
     sae.to_dictionary_learning(tmp_path / "theirs")
     theirs, settings = theirs_utils.load_dictionary(str(tmp_path / "theirs"), "cpu")
-    assert type(theirs).__name__ == "MatryoshkaBatchTopKSAE" and type(theirs).from_pretrained(str(tmp_path / "theirs" / "ae.pt")) is not None
+    direct = type(theirs).from_pretrained(str(tmp_path / "theirs" / "ae.pt"))
+    assert type(theirs).__name__ == "MatryoshkaBatchTopKSAE" and torch.equal(direct.encode(x), theirs.encode(x))
     close_to(theirs.encode(x), sae.encode(x))
     close_to(theirs(x), sae(x))
     assert theirs.group_sizes.tolist() == [4, 8, 20] and settings["trainer"]["lm_name"] == "tiny"
@@ -1377,7 +1379,7 @@ class Evil:
 
 
 @pytest.mark.parametrize("how, names", [("evil", "damaged or holds more than tensors"), ("cut", "damaged"), ("a list", "damaged"),
-                                        ("other tensors", "encoder.weight"), ("not finite", "b_dec"), ("groups", "end in n_latents=8")])
+                                        ("other tensors", "encoder.weight"), ("not finite", "b_dec"), ("groups", "end in n_latents=8"), ("shapes", "damaged")])
 def test_a_damaged_or_evil_dictionary_is_refused_and_runs_nothing(tmp_path, monkeypatch, how, names):
     monkeypatch.chdir(tmp_path)
     msae.MatryoshkaSAE(4, 8).to_dictionary_learning(tmp_path)
@@ -1386,7 +1388,8 @@ def test_a_damaged_or_evil_dictionary_is_refused_and_runs_nothing(tmp_path, monk
         path.write_bytes(path.read_bytes()[:-300])
     else:
         torch.save({"evil": {**good, "k": Evil()}, "a list": [1], "other tensors": {"encoder.weight": torch.ones(3)},
-                    "not finite": {**good, "b_dec": good["b_dec"] / 0}, "groups": {**good, "group_sizes": torch.tensor([2, 3])}}[how], path)
+                    "not finite": {**good, "b_dec": good["b_dec"] / 0}, "groups": {**good, "group_sizes": torch.tensor([2, 3])},
+                    "shapes": {**good, "W_dec": torch.ones(()), "b_enc": torch.ones(())}}[how], path)
     with pytest.raises(ValueError, match=names) as error:
         msae.MatryoshkaSAE.load(tmp_path)
     assert not Path("ran.txt").exists() and "\n" not in str(error.value)
