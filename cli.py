@@ -471,7 +471,7 @@ def push(checkpoint, repo, private, revision, commit_message, create_pr, token, 
             api.create_branch(repo, branch=revision)
         commit = api.create_commit(repo, [CommitOperationAdd(*item) for item in files.items()], commit_message=commit_message,
                                    revision=revision, create_pr=create_pr)
-    click.echo(commit.pr_url or f"{commit.repo_url}" + (f"/tree/{revision}" if revision else ""))
+    click.echo(commit.pr_url or f"{api.endpoint}/{repo}" + (f"/tree/{revision}" if revision else ""))
 
 
 def newest_checkpoint():
