@@ -26,6 +26,7 @@ from rich.text import Text
 import msae
 
 HERE = Path(__file__).parent
+EVAL, ORIGIN = "eval.json", ("model_name", "hook_name", "dataset", "base_model")
 console = Console()
 
 # Replications of the ReLU + L1 original (noanabeshima/matryoshka-saes): a post of 2026, one seed.
@@ -89,13 +90,18 @@ def toy(config, seed, seeds, out):
         if number == seed:
             maps = heat_maps(tree, saes)
     report = results[0] if seeds == 1 else {"seeds": results}
-    for name, text in {"toy.json": json.dumps(report, indent=2) + "\n", "toy.svg": svg(maps)}.items():
-        with msae.atomic(folder / name) as path:
-            path.write_text(text, encoding="utf-8")
+    write(folder / "toy.json", report)
+    write(folder / "toy.svg", svg(maps))
     console.print(toy_table(results))
     console.print(absorption_table(results[0]))
     console.print(terminal_maps(maps))
     console.print(f"{sum(r['seconds'] for r in results):.0f} s; wrote {folder / 'toy.json'} and {folder / 'toy.svg'}", highlight=False)
+
+
+def write(path, content):
+    """Write text, or anything else as JSON; a reader sees the old file or the new one."""
+    with msae.atomic(path) as temporary:
+        temporary.write_text(content if isinstance(content, str) else json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def new_table(*columns, **options):
@@ -225,8 +231,9 @@ def numbers(ctx, param, value):
 def train(acts, device, out, config, spare, baseline, resume, init_from, save_minutes, **options):
     """Train on activations and save a checkpoint that SAELens opens too.
 
-    A tenth of the rows (at most 16,384) is set aside at random for the figures shown at the end. Ctrl-C saves first;
-    the same command with --resume goes on. With several processes, torchrun takes the place of python.
+    A tenth of the rows (at most 16,384) is set aside at random for the figures shown at the end (eval.json). Ctrl-C saves first;
+    the same command with --resume goes on. With several processes, torchrun takes the place of python. The checkpoint records
+    the model_name, hook_name, dataset and base_model that acts.npy.json says acts.npy is from, if there is such a file.
 
     \b
     Examples:
@@ -243,6 +250,8 @@ def train(acts, device, out, config, spare, baseline, resume, init_from, save_mi
         share = spare if spare is not None else 0.0 if init_from else 0.25
         settings["n_latents_start"] = settings["n_latents"] + round(share * settings["n_latents"])
     cfg = msae.TrainConfig.from_dict(settings)
+    beside = Path(f"{Path(acts)}.json")
+    origin = msae.read_json(beside) if beside.is_file() else {}
     with processes(device) as (device, first):
         rows, held_out = msae.Rows(acts).split_off(0.1, cfg.seed)
         folder = Path(out or default_folder(f"runs/{Path(acts).stem}-{cfg.n_latents}", existing=resume))
@@ -251,8 +260,10 @@ def train(acts, device, out, config, spare, baseline, resume, init_from, save_mi
             again = resume and (name == "matryoshka" or (where / msae.STATE).exists())
             with resume_hint(where, folder, out), progress() as bar:
                 sae = msae.train(rows, own, device=device, out=where, resume=again, save_minutes=save_minutes,
+                                 metadata={name: origin[name] for name in ORIGIN if name in origin},
                                  init_from=init_from if name == "matryoshka" and not again else None, on_log=bar.reporter(name if baseline else "train", own) if first else None)
-            figures[name] = msae.evaluate(sae, held_out) if first else None
+            if first:
+                write(where / EVAL, figures.setdefault(name, msae.evaluate(sae, held_out)))
     if first:
         console.print(figures_table(figures))
         console.print("dead: latents that never fire on these rows; cosine: mean over latents of the largest with another decoder row\n"
@@ -376,8 +387,7 @@ def harvest(model_path, layer, device, tokens, max_rows, dtype, out):
     about = {"model_name": Path(model_path).name, "hook_name": f"torso.{layer}.input" if layer < len(model.torso) else "lm_head.input", "dataset": tokens}
     if model_path in msae.SHA256:
         about["base_model"] = msae.TINY_MODEL[0]
-    with msae.atomic(f"{out}.json") as path:
-        path.write_text(json.dumps(about, indent=2) + "\n")
+    write(f"{out}.json", about)
     console.print(f"{n:,} rows of width {model.embed.weight.shape[1]} in {out}; next:  python cli.py train --acts {out} --latents 3072", highlight=False)
 
 
@@ -413,9 +423,9 @@ def evaluate(checkpoints, acts, labels, tokens, max_tokens, model_path, layer, d
             chosen = np.sort(np.random.default_rng(0).permutation(len(rows))[:20_000])
             found["labels"] = msae.probe(sae.cpu(), torch.from_numpy(rows.take(chosen)), y[chosen])
         if not out and Path(path).is_dir():
-            write_json(Path(path) / "eval.json", found)
+            write(Path(path) / EVAL, found)
     if out:
-        write_json(out, results[checkpoints[0]] if len(results) == 1 else list(results.values()))
+        write(out, results[checkpoints[0]] if len(results) == 1 else list(results.values()))
     names = short_names(checkpoints)
     console.print(figures_table({names[path]: found for path, found in results.items()}, "rows"))
     console.print(frequency_bars({names[path]: found for path, found in results.items()}))
@@ -424,7 +434,7 @@ def evaluate(checkpoints, acts, labels, tokens, max_tokens, model_path, layer, d
             console.print(loss_table(names[path], found["loss"]))
         if labels:
             console.print(label_table(names[path], found["labels"]))
-    console.print(f"wrote {out or ', '.join(str(Path(path) / 'eval.json') for path in results if Path(path).is_dir()) or 'nothing: no folder, no --out'}", highlight=False)
+    console.print(f"wrote {out or ', '.join(str(Path(path) / EVAL) for path in results if Path(path).is_dir()) or 'nothing: no folder, no --out'}", highlight=False)
 
 
 def limited(batches, most):
@@ -434,11 +444,6 @@ def limited(batches, most):
         most -= ids.numel()
         if most <= 0:
             return
-
-
-def write_json(path, content):
-    with msae.atomic(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def short_names(paths):
@@ -530,6 +535,139 @@ def peak_memory():
     except ImportError:
         return 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+# ----------------------------------------------------------------------------------------------------------------- push
+
+CARD = """---
+library_name: saelens
+license: {license}
+{base}tags:
+- sparse-autoencoder
+- matryoshka
+- mechanistic-interpretability
+---
+
+# {title}
+
+A Matryoshka sparse autoencoder: {F} latents for raw activations of width {D}. Each of its prefixes, the first {prefixes}
+latents, is a sparse autoencoder too.
+
+{facts}
+
+## Figures
+
+{figures}
+
+## Use
+
+With `msae.py`, one file:
+
+```python
+import torch, msae
+
+sae = msae.MatryoshkaSAE.load({source})
+x = torch.randn(8, {D})  # raw activations, (rows, {D})
+codes = sae.encode(x)  # (8, {F})
+general = sae.encode(x, prefix={p})  # (8, {p}): the SAE that the first {p} latents are
+recon = sae.decode(codes)  # (8, {D})
+```
+
+With SAELens (`pip install sae-lens`):
+
+```python
+import torch
+from huggingface_hub import snapshot_download
+from sae_lens import SAE
+
+sae = {saelens}
+codes = sae.encode(torch.randn(8, {D}))
+recon = sae.decode(codes)
+```
+"""
+HELD_OUT = """On {:,} rows that training did not see. FVU: squared error over variance; L0: active latents per row;
+dead: latents that never fire; cosine: mean over latents of the largest with another decoder row."""
+
+
+@main.command()
+@click.argument("checkpoint", required=False, type=click.Path(path_type=Path))
+@click.argument("repo", required=False)
+@click.option("--private/--public", default=None, show_default=False, help="Who sees a new repository.  [default: your Hub settings]")
+@click.option("--revision", help="Branch to commit to, created if it is new.  [default: main]")
+@click.option("--commit-message", default="Upload a Matryoshka SAE", help="First line of the commit.")
+@click.option("--create-pr", is_flag=True, help="Open a pull request with the commit.")
+@click.option("--token", help="Access token.  [default: of `hf auth login` or HF_TOKEN]")
+@click.option("--license", default="mit", help="Of the weights, for the card.")
+@click.option("--dry-run", is_flag=True, help="Show what would go up, without touching the network.")
+def push(checkpoint, repo, private, revision, commit_message, create_pr, token, license, dry_run):
+    """Upload CHECKPOINT to REPO on the Hugging Face Hub, with a model card, in one commit.
+
+    CHECKPOINT defaults to the newest under runs/, REPO to its folder's name under your name. Weights, configs, metrics and card
+    go up; the state of the optimizer never.
+
+    \b
+    Examples:
+      python cli.py push
+      python cli.py push runs/mine ada/mine --private
+      python cli.py push runs/mine ada/mine --dry-run
+    """
+    if create_pr and revision:
+        raise click.UsageError("--create-pr opens a pull request to main: leave --revision out")
+    folder = (checkpoint or newest_checkpoint()).resolve()
+    sae, repo = msae.MatryoshkaSAE.load(folder), repo or folder.name
+    files = {name: (folder / name).read_bytes() for name in (msae.WEIGHTS, msae.CONFIG)}
+    files["config.json"] = files[msae.CONFIG]  # the Hub counts downloads by it
+    files.update({name: (folder / name).read_bytes() for name in (msae.METRICS, EVAL) if (folder / name).is_file()})
+    with msae.hub_errors(f"{folder} cannot be pushed to {repo}"):
+        from huggingface_hub import CommitOperationAdd, HfApi
+        from huggingface_hub.utils import validate_repo_id
+        validate_repo_id(repo)
+        api = HfApi(token=token)
+        if "/" not in repo:
+            repo = f"{'YOUR_NAME' if dry_run else api.whoami()['name']}/{repo}"
+        files["README.md"] = model_card(sae, folder, repo, license, revision).encode()
+        if dry_run:
+            console.print(f"would push {folder} to {repo}, in one commit:", highlight=False, soft_wrap=True)
+            click.echo("".join(f"{len(content):>13,}  {name}\n" for name, content in files.items()) + f"\n{files['README.md'].decode()}")
+            return
+        api.create_repo(repo, private=private, exist_ok=True)
+        if revision and not api.revision_exists(repo, revision):
+            api.create_branch(repo, branch=revision)
+        commit = api.create_commit(repo, [CommitOperationAdd(*item) for item in files.items()], commit_message=commit_message,
+                                   revision=revision, create_pr=create_pr)
+    click.echo(commit.pr_url or f"{api.endpoint}/{repo}" + (f"/tree/{revision}" if revision else ""))
+
+
+def newest_checkpoint():
+    """The folder under runs/ that was saved last; a vanilla twin counts as part of its Matryoshka SAE."""
+    found = [path for path in Path("runs").rglob(msae.WEIGHTS) if not (path.parent.parent / msae.WEIGHTS).exists()]
+    if not found:
+        raise FileNotFoundError("there is no checkpoint under runs/: train one, or name its folder")
+    return max(found, key=lambda path: path.stat().st_mtime).parent
+
+
+def model_card(sae, folder, repo, license, revision=None):
+    """The README.md of ``repo``; its figures are those of eval.json in ``folder``, or the last of metrics.jsonl."""
+    known, settings = sae.metadata, sae.metadata.get("training")
+    facts = {**{name: known.get(name) or "not recorded" for name in ORIGIN}, "k": known.get("k"),
+             "settings": isinstance(settings, dict) and ", ".join(f"{name} {value}" for name, value in settings.items() if value is not None)}
+    at = f", revision={revision!r}" if revision else ""
+    figures = "There was no evaluation on held-out rows."
+    try:
+        if (folder / EVAL).is_file():
+            found = msae.read_json(folder / EVAL)
+            *inner, whole = [f"| {p['latents']:,} | {p['fvu']:.4f} | {p['l0']:.2f} |" for p in found["prefixes"]]
+            figures = "\n".join(["| latents | FVU | L0 | dead | cosine |", "|---|---|---|---|---|", *(f"{row} | |" for row in inner),
+                                 f"{whole} {found['dead']:.2%} | {found['max_cosine']:.3f} |", "", HELD_OUT.format(found["rows"])])
+        elif (folder / msae.METRICS).is_file() and (lines := (folder / msae.METRICS).read_text().splitlines()):
+            last = json.loads(lines[-1])
+            figures += f" On a training batch at step {last['step']:,}: FVU {last['fvu']:.4f}, L0 {last['l0']:.2f}, dead {last['dead']:.2%}."
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise ValueError(f"{EVAL} or {msae.METRICS} in {folder} is not what training writes: {error!r}") from None
+    return CARD.format(license=json.dumps(license), base=f"base_model: {json.dumps(known['base_model'])}\n" if known.get("base_model") else "",
+                       title=repo.split("/")[1], F=len(sae.b_enc), D=len(sae.b_dec), p=sae.prefixes[0], prefixes=", ".join(map(str, sae.prefixes)),
+                       facts="\n".join(f"- {name.replace('_', ' ')}: {value}" for name, value in facts.items() if value),
+                       figures=figures, source=f"{repo!r}{at}", saelens=f"SAE.load_from_disk(snapshot_download({repo!r}{at}))")
 
 
 # ------------------------------------------------------------------------------------------------------------- progress

@@ -27,6 +27,7 @@ import json
 import math
 import mmap
 import os
+import re
 import signal
 import threading
 import time
@@ -328,44 +329,74 @@ class MatryoshkaSAE(nn.Module):
         """Write ``sae_weights.safetensors`` and ``cfg.json`` into ``folder``, as SAELens 6 loads them (``load_from_disk``)."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: p.detach().float().cpu().contiguous() for name, p in self.named_parameters()}
-        tensors["threshold"] = self.threshold.cpu().repeat(len(self.b_enc))
         cfg = {"architecture": "jumprelu", "d_in": len(self.b_dec), "d_sae": len(self.b_enc), "dtype": "float32", "device": "cpu",
-               "apply_b_dec_to_input": True, "normalize_activations": "none", "reshape_activations": "none",
-               "metadata": {"sae_lens_version": "6.0.0", "prefixes": list(self.prefixes), **self.metadata}}
+               **SAELENS, "metadata": {"sae_lens_version": "6.0.0", "prefixes": list(self.prefixes), **self.metadata}}
         with atomic(folder / WEIGHTS) as path:
-            path.write_bytes(save(tensors))
+            path.write_bytes(save({**self._tensors(), "threshold": self.threshold.float().cpu().repeat(len(self.b_enc))}))
         with atomic(folder / CONFIG) as path:
             path.write_text(json.dumps(cfg, indent=2))
 
+    def to_dictionary_learning(self, folder):
+        """Write ``ae.pt`` and ``config.json``, as dictionary_learning 0.1 (``load_dictionary``) and ``load`` read them; k is rounded."""
+        folder, k, sizes = Path(folder), max(1, round(self.metadata.get("k", 1))), np.diff(self.prefixes, prepend=0).tolist()
+        folder.mkdir(parents=True, exist_ok=True)
+        more = {"threshold": self.threshold.float().cpu(), "k": torch.tensor(k, dtype=torch.int32), "group_sizes": torch.tensor(sizes)}
+        trainer = {"dict_class": DICT_CLASS, "activation_dim": len(self.b_dec), "dict_size": len(self.b_enc), "k": k,
+                   "group_sizes": sizes, "lm_name": self.metadata.get("model_name"), "submodule_name": self.metadata.get("hook_name")}
+        with atomic(folder / AE) as path:
+            torch.save({**self._tensors(), **more}, path)
+        with atomic(folder / "config.json") as path:
+            path.write_text(json.dumps({"trainer": trainer}, indent=2))
+
+    def _tensors(self):
+        return {name: p.detach().float().cpu().contiguous() for name, p in self.named_parameters()}
+
+    def for_saebench(self, model_name=None, hook_name=None):
+        """This SAE with the ``cfg`` that SAEBench's evals read of a custom SAE (``custom_saes/base_sae.py`` there).
+
+        Names default to the checkpoint's; the layer is the first number in ``hook_name``. ``ValueError`` if they are unknown.
+        """
+        model_name, hook_name = model_name or self.metadata.get("model_name"), hook_name or self.metadata.get("hook_name") or ""
+        layer = re.search(r"\d+", hook_name)
+        _require(model_name and layer, "model_name and a hook_name with a layer must be given", (model_name, hook_name))
+        fields = {"model_name": model_name, "d_in": len(self.b_dec), "d_sae": len(self.b_enc), "hook_name": hook_name,
+                  "hook_layer": int(layer[0]), "dtype": str(self.dtype).split(".")[1], "device": str(self.device),
+                  "architecture": "matryoshka_batch_topk", "prepend_bos": True, "normalize_activations": "none", "seqpos_slice": (None,),
+                  "apply_b_dec_to_input": True, "activation_fn_str": "relu", "activation_fn_kwargs": {}, "model_from_pretrained_kwargs": {},
+                  "dataset_path": "", "dataset_trust_remote_code": False, "training_tokens": -1, **dict.fromkeys(
+                      ("context_size", "hook_head_index", "finetuning_scaling_factor", "sae_lens_training_version", "neuronpedia_id"))}
+        self.cfg = dataclasses.make_dataclass("SAEBenchConfig", fields)(**fields)  # a dataclass: the evals call asdict
+        return self
+
+    device = property(lambda self: self.b_dec.device)
+    dtype = property(lambda self: self.b_dec.dtype)
+
     @classmethod
-    def load(cls, folder, device="cpu"):
-        """Read a folder that ``save`` wrote; ``ValueError`` names what is missing, misshapen or not finite in it."""
-        folder = Path(folder)
-        if not (folder / CONFIG).is_file():
-            raise FileNotFoundError(f"{folder} is not a checkpoint: it has no {CONFIG}")
-        cfg = read_json(folder / CONFIG)
-        for key, needed in {"architecture": "jumprelu", "apply_b_dec_to_input": True, "normalize_activations": "none",
-                            "reshape_activations": "none"}.items():
-            _require(cfg.get(key) == needed, f"{folder / CONFIG} must have {key} = {needed!r}", repr(cfg.get(key)))
+    def load(cls, source, device="cpu", revision=None, prefix=None):
+        """Read a checkpoint of ``save``, ``to_dictionary_learning``, SAELens or dictionary_learning.
+
+        ``source``: a folder, or where there is no such folder and it is a string "user/name", that repository on the Hub, at
+        ``revision`` (branch, tag, commit). ``prefix``: keep only the first latents. ``ValueError`` names what is missing, misshapen,
+        foreign or not finite; ``OSError`` what cannot be read. Nothing is unpickled but tensors, and from the Hub nothing at all.
+        """
+        tensors, cfg, path = read_checkpoint(hub_folder(source, revision))
         D, F, metadata = cfg.get("d_in"), cfg.get("d_sae"), cfg.get("metadata") or {}
-        _require(all(isinstance(n, int) and n > 0 for n in (D, F)), f"{folder / CONFIG} must have whole d_in and d_sae", (D, F))
+        _require(all(isinstance(n, int) and n > 0 for n in (D, F)), f"d_in and d_sae beside {path} must be whole numbers above 0", (D, F))
         prefixes = metadata.get("prefixes") if isinstance(metadata, dict) else metadata
         _require(prefixes is None or isinstance(prefixes, list) and all(isinstance(p, int) for p in prefixes),
-                 f"metadata in {folder / CONFIG} must be an object whose prefixes are whole numbers", repr(prefixes))
-        try:
-            tensors = load_file(folder / WEIGHTS)
-        except SafetensorError as error:
-            raise ValueError(f"{folder / WEIGHTS} is damaged: {error}") from None
+                 f"metadata beside {path} must be an object whose prefixes are whole numbers", repr(prefixes))
         shapes = {"W_enc": (D, F), "b_enc": (F,), "W_dec": (F, D), "b_dec": (D,), "threshold": (F,)}
         found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        _require(found == shapes, f"{folder / WEIGHTS} must hold {shapes}", found)
+        _require(found == shapes, f"{path} must hold {shapes}", found)
         for name, tensor in tensors.items():
-            _require(bool(tensor.isfinite().all()), f"{name} in {folder / WEIGHTS} must be finite", "NaN or infinity")
-        threshold = tensors.pop("threshold")
-        _require(bool((threshold == threshold[0]).all()), f"threshold in {folder / WEIGHTS} must be one number, repeated", "several")
-        sae = cls(D, F, prefixes)
-        sae.load_state_dict({**tensors, "threshold": threshold[0]})
+            _require(bool(tensor.isfinite().all()), f"{name} in {path} must be finite", "NaN or infinity")
+        threshold = tensors["threshold"].clamp(min=0)  # dictionary_learning's -1 before the first batch lets all positive entries pass
+        _require(bool((threshold == threshold[0]).all()), f"threshold in {path} must be one number, repeated", "several")
+        _require(prefix is None or 1 <= prefix <= F, f"prefix must lie in [1, {F}]", prefix)
+        p = prefix or F
+        sae = cls(D, p, [*(n for n in fixed_prefixes(F, prefixes) if n < p), p])
+        sae.load_state_dict({"W_enc": tensors["W_enc"][:, :p], "b_enc": tensors["b_enc"][:p], "W_dec": tensors["W_dec"][:p],
+                             "b_dec": tensors["b_dec"], "threshold": threshold[0]})
         sae.metadata = {name: value for name, value in metadata.items() if name not in ("sae_lens_version", "prefixes")}
         return sae.to(device)
 
@@ -693,7 +724,7 @@ class Trainer:
         self.scaler.load_state_dict({name: state[f"scaler.{name}"].item() for name in self.scaler.state_dict()})
 
 
-def train(acts, cfg, *, device="cpu", out=None, resume=False, init_from=None, save_minutes=10.0, on_log=None, log_every=50):
+def train(acts, cfg, *, device="cpu", out=None, resume=False, init_from=None, save_minutes=10.0, on_log=None, log_every=50, metadata=None):
     """Train on ``acts`` and return the SAE for raw activations.
 
     ``acts``: what ``Rows`` takes, or a reader: ``Rows``, ``FeatureTree``, any object with their ``d_model``, ``batches``,
@@ -702,8 +733,8 @@ def train(acts, cfg, *, device="cpu", out=None, resume=False, init_from=None, sa
     ``out``: a new or empty folder for ``metrics.jsonl`` and the checkpoint, written at the start, every ``save_minutes`` and
     at the end. SIGINT and SIGTERM are raised after the current step, once it is saved. ``resume``: go on from there.
     ``init_from``: a checkpoint whose weights a new run starts with. ``on_log``: called every ``log_every`` steps with
-    {"step", "loss", "fvu", "l0", "dead", "threshold", "rows_per_second"}. Under torch.distributed each process takes its
-    share of every batch.
+    {"step", "loss", "fvu", "l0", "dead", "threshold", "rows_per_second"}. ``metadata``: what checkpoints say of the rows, such as
+    {"model_name", "hook_name", "dataset", "base_model"}. Under torch.distributed each process takes its share of every batch.
     ``ValueError`` for bad rows, or rows or a config other than those resumed; ``OSError`` if ``out`` is not empty, or the
     disk full.
     """
@@ -719,6 +750,7 @@ def train(acts, cfg, *, device="cpu", out=None, resume=False, init_from=None, sa
 
     def checkpoint():
         sae = trainer.export()
+        sae.metadata.update(metadata or {})
         if trainer.steps_done:
             calibrate(sae, aside, cfg.k)
         if folder:
@@ -1389,6 +1421,20 @@ BLOCK = 256                  # consecutive rows read together
 POOL_BYTES = 2**28           # of float32 rows in memory, whose order is mixed
 ASIDE = 16_384               # rows, at most, that give scale and mean, and others that give the final threshold
 WEIGHTS, CONFIG, STATE, METRICS = "sae_weights.safetensors", "cfg.json", "training_state.safetensors", "metrics.jsonl"
+AE, DICT_CLASS = "ae.pt", "MatryoshkaBatchTopKSAE"  # of dictionary_learning
+SAELENS = {"apply_b_dec_to_input": True, "normalize_activations": "none", "reshape_activations": "none"}
+OURS = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
+FORMATS = {  # SAELens' architecture, or dictionary_learning's class: the names of OURS in its files, then what more they hold
+    "jumprelu": OURS, "batchtopk": (*OURS[:4], "topk_threshold"), "matryoshka_batchtopk": (*OURS[:4], "topk_threshold"),
+    DICT_CLASS: (*OURS, "k", "group_sizes"),
+}
+HUB_ADVICE = {  # by the Hub's error code or the HTTP status
+    "EntryNotFound": "there is no such file", "RevisionNotFound": "there is no such revision", 404: "not found, check the name",
+    "GatedRepo": "it is gated, accept its terms on its page with the account of your token",
+    "RepoNotFound": "there is no such repository, or it is private: check the name, or log in with `hf auth login`",
+    401: "the token is missing or refused, log in with `hf auth login` or set HF_TOKEN", 500: "the Hub has a fault, try again later",
+    403: "your token has no right to it: to push, use one with write access and a repository of yours, or --create-pr",
+}
 
 
 class Rows:
@@ -1573,12 +1619,6 @@ def prefetch(batches, pin=False, depth=8):
             thread.shutdown(cancel_futures=True)
 
 
-def hub_file(repo, name, revision=None, repo_type="model"):
-    """Local path of a file of a Hub repository, downloaded unless it was before; ``OSError`` if that fails."""
-    from huggingface_hub import hf_hub_download
-    return hf_hub_download(repo, name, revision=revision, repo_type=repo_type)
-
-
 def check_device(device):
     """``torch.device`` of the name ``device``; ``ValueError`` if this machine or this build of torch lacks it."""
     try:
@@ -1626,6 +1666,81 @@ def metrics_file(folder, steps_done):
         temporary.write_text("".join(kept))
     with open(path, "a") as file:
         yield file
+
+
+def read_checkpoint(folder):
+    """(OURS as float32 tensors, cfg, their file) of a folder in one of FORMATS; ``ValueError`` names what is foreign or damaged."""
+    peer = (folder / AE).is_file() and not (folder / CONFIG).is_file()
+    if not peer and not (folder / CONFIG).is_file():
+        why = f"it has no {CONFIG}" if folder.is_dir() else "there is no such folder, and a Hub repository is named user/name"
+        raise FileNotFoundError(f"{folder} is not a checkpoint: {why}")
+    path, cfg = (folder / AE, {"architecture": DICT_CLASS, **SAELENS}) if peer else (folder / WEIGHTS, read_json(folder / CONFIG))
+    kind = cfg.get("architecture")
+    _require(kind in (*FORMATS,), f"{folder / CONFIG} must have one of the architectures {', '.join(FORMATS)}", repr(kind))
+    for key, needed in SAELENS.items():
+        _require(cfg.get(key) == needed, f"{folder / CONFIG} must have {key} = {needed!r}", repr(cfg.get(key)))
+    try:
+        found = torch.load(path, "cpu", weights_only=True) if peer else load_file(path)
+        _require(set(found) == set(FORMATS[kind]), f"{path} must hold the tensors {', '.join(FORMATS[kind])}", ", ".join(found))
+        tensors = {ours: found[theirs].float() for ours, theirs in zip(OURS, FORMATS[kind])}
+        if tensors["threshold"].ndim == 0:
+            tensors["threshold"] = tensors["threshold"].repeat(len(tensors["b_enc"]))
+        if peer:
+            cfg = {"d_in": tensors["W_dec"].size(1), "d_sae": tensors["W_dec"].size(0),
+                   "metadata": {"k": int(found["k"]), "prefixes": found["group_sizes"].cumsum(0).tolist()}}
+        if cfg.get("rescale_acts_by_decoder_norm"):  # SAELens while it trains
+            norm = tensors["W_dec"].norm(dim=1)
+            tensors.update(W_enc=tensors["W_enc"] * norm, b_enc=tensors["b_enc"] * norm, W_dec=tensors["W_dec"] / norm[:, None])
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # torch and safetensors raise whatever a damaged file leads them to
+        raise ValueError(f"{path} is damaged or holds more than tensors: {type(error).__name__}: {error}".splitlines()[0][:300]) from None
+    return tensors, cfg, path
+
+
+def hub_folder(source, revision=None):
+    """The folder ``source``; if there is none and it is a string "user/name", the downloaded checkpoint of that Hub repository."""
+    if isinstance(source, Path) or Path(source).is_dir() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source):
+        _require(revision is None, f"revision must be given with a Hub repository alone, not with {source}", revision)
+        return Path(source)
+    try:
+        commit = hub_file(source, CONFIG, revision).parent.name  # the cache has a folder per commit; both files are from one
+        return hub_file(source, WEIGHTS, commit).parent
+    except OSError as error:
+        raise OSError(f"there is no folder {source} here, and on the Hub: {error}") from None
+
+
+def hub_file(repo, name, revision=None, repo_type="model"):
+    """Path of the file ``name`` of a Hub repository, downloaded to huggingface_hub's cache if it is not there yet.
+
+    ``revision``: a branch, tag or commit. ``OSError``, of one line that says what to do, for every failure.
+    """
+    with hub_errors(f"{name} of the {repo_type} {repo}" + (f" at {revision}" if revision else "") + " cannot be read"):
+        from huggingface_hub import hf_hub_download
+        return Path(hf_hub_download(repo, name, revision=revision, repo_type=repo_type))
+
+
+@contextlib.contextmanager
+def hub_errors(what):
+    """Turn whatever huggingface_hub raises inside into an ``OSError`` of one line: ``what``, why, and what to do."""
+    try:
+        yield
+    except Exception as error:  # of its own, of its HTTP library, of Xet
+        causes, why = [error], str(error).strip().split("\n")[0]
+        while causes[-1].__cause__ or causes[-1].__context__:
+            causes.append(causes[-1].__cause__ or causes[-1].__context__)
+        answer = next((e.response for e in causes if getattr(e, "response", None) is not None), None)
+        if answer is not None:
+            status = answer.status_code
+            why = HUB_ADVICE.get(answer.headers.get("X-Error-Code")) or HUB_ADVICE.get(min(status, 500)) or why
+            why += f" (HTTP {status})"
+        elif type(error).__name__ == "LocalTokenNotFoundError":
+            why = HUB_ADVICE[401]
+        elif isinstance(error, ImportError):
+            why += ", pip install huggingface-hub"
+        elif not isinstance(error, ValueError) and not getattr(error, "errno", None):  # its checks of names; the disk
+            why = f"the connection to the Hub failed, check the network and try again ({str(causes[-1]).split(chr(10))[0]})"
+        raise OSError(f"{what}: {why}") from None
 
 
 def output_folder(path, own=()):

@@ -1,17 +1,27 @@
 """Claims about msae, each against a naive oracle or a literal number. Needs no GPU and no network."""
 
+import base64
 import contextlib
 import dataclasses
+import functools
+import hashlib
+import http.server
+import importlib.util
 import json
 import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
+import unittest.mock
+import urllib.parse
 from pathlib import Path
 
+import huggingface_hub.constants
 import numpy as np
 import pytest
 import safetensors.torch
@@ -355,16 +365,6 @@ def test_save_and_load_are_inverse(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(sae.state_dict().values(), back.state_dict().values()))
     assert back.prefixes == (4, 12, 32) and back.metadata == json.loads(json.dumps(sae.metadata)) and back.metadata["k"] == 4.5
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["cfg.json", "metrics.jsonl", "sae_weights.safetensors", "training_state.safetensors"]
-
-
-def test_saelens_opens_a_checkpoint(tmp_path):
-    sae_lens = pytest.importorskip("sae_lens")
-    x = torch.from_numpy(rows(1000))
-    sae = msae.train(x, config(), out=tmp_path / "run")
-    theirs = sae_lens.SAE.load_from_disk(tmp_path / "run")
-    torch.testing.assert_close(theirs.encode(x), sae.encode(x).detach(), rtol=1e-6, atol=1e-5)
-    torch.testing.assert_close(theirs(x), sae(x), rtol=1e-5, atol=1e-5)
-    assert theirs.cfg.metadata.k == 4.5 and list(theirs.cfg.metadata.prefixes) == [4, 12, 32]
 
 
 def damage(folder, how):
@@ -881,7 +881,7 @@ def test_tiny_model_equals_its_description(tmp_path):
 
 
 @torch.no_grad()
-@pytest.mark.skipif("MSAE_HUB" not in os.environ, reason="downloads from the Hub where MSAE_HUB is set")
+@pytest.mark.skipif("MSAE_HUB_TEST" not in os.environ, reason="downloads from the Hub where MSAE_HUB_TEST is set")
 @pytest.mark.parametrize("name, expected", [("tiny_model.pt", [13.61935, 27.03831, 14.77878, 15.21049, 19.16437]),
                                             ("tiny_model_2L_1E.pt", [14.83634, 27.60631, 16.46386, 16.65712, 19.72797]),
                                             ("tiny_model_2L_3E.pt", [25.15317, 39.79271, 28.82510, 27.84330, 31.72397])])
@@ -1240,17 +1240,533 @@ def test_toy_refuses_a_folder_with_other_files_and_a_bad_config(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("command", [[], ["toy"], ["train"], ["harvest"], ["eval"], ["bench"]])
+@pytest.mark.parametrize("command", [[], ["toy"], ["train"], ["harvest"], ["eval"], ["push"], ["bench"]])
 def test_help_shows_an_example(command):
     output = run(*command, "--help")
     assert not command or f"python cli.py {command[0]}" in output
 
 
-def test_readme_snippet_runs(tmp_path):
+def test_readme_snippets_run(hub, tmp_path, monkeypatch):
     snippets = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
-    assert snippets
-    np.save(tmp_path / "acts.npy", rows(5000, 64).astype(np.float16))
+    monkeypatch.chdir(tmp_path)
+    np.save("acts.npy", rows(5000, 64).astype(np.float16))
     for snippet in snippets:
-        done = subprocess.run([sys.executable, "-c", snippet], cwd=tmp_path, env={"PYTHONPATH": str(HERE), "PATH": ""},
-                              capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        if "sae_lens" not in snippet or importlib.util.find_spec("sae_lens"):
+            exec(snippet, {})
+        if "msae.train(" in snippet:
+            run("push", "runs/mine", "ada/mine")
+    assert len(snippets) == 5
+
+
+# ------------------------------------------------------------------------------------------- the Hub, on a loopback server
+
+
+class Hub(http.server.ThreadingHTTPServer):
+    """What the client speaks of the Hub's API, in memory: one commit is {path: bytes}; large files go by LFS and a second host.
+
+    ``faults``: [method, part of the path, status or "cut", how often]: an answer instead of the right one, or half of one.
+    """
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), HubHandler)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.repos, self.commits, self.large, self.faults, self.seen, self.gated = {}, {}, {}, [], [], set()
+
+    def handle_error(self, request, address):
+        pass  # of connections that a test cuts
+
+    def files(self, repo, revision="main"):
+        return self.commits[self.repos[repo].get(revision, revision)]
+
+
+class HubHandler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *arguments):
+        pass
+
+    def reply(self, status, content=b"", **headers):
+        content = content if isinstance(content, bytes) else json.dumps(content).encode()
+        self.send_response(status)
+        for name, value in {"Content-Length": len(content), **headers}.items():
+            self.send_header(name.replace("_", "-"), str(value))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content[:len(content) // 2] if self.cut else content)
+        self.close_connection |= self.cut
+
+    def fail(self, status, code=None):
+        self.reply(status, {"error": "no"}, **({"X_Error_Code": code} if code else {}))
+
+    def handle_request(self):
+        hub, url = self.server, urllib.parse.urlsplit(self.path)
+        path, self.cut = url.path, False
+        size = int(self.headers.get("Content-Length") or 0)
+        fault = next((f for f in hub.faults if f[0] == self.command and f[1] in path and f[3] > 0), None)
+        if fault:
+            fault[3] -= 1
+            if fault[2] == "cut" and self.command != "GET":
+                self.rfile.read(size // 2)
+                self.close_connection = True
+                return self.connection.shutdown(socket.SHUT_RDWR)
+            if fault[2] == "cut":
+                self.cut = True
+        body = self.rfile.read(size)
+        hub.seen.append(f"{self.command} {path}")
+        if fault and not self.cut:
+            return self.fail(fault[2], fault[4] if len(fault) > 4 else None)
+        token = self.headers.get("Authorization", "").removeprefix("Bearer ")
+        if path.startswith("/large/"):
+            return self.send_large(hub, path.removeprefix("/large/"), body, token)
+        if token not in ("", "hf_good", "hf_read"):
+            return self.fail(401)
+        self.api(hub, path, url.query, body, token)
+
+    def send_large(self, hub, oid, body, token):
+        assert not token  # a storage host must not see it
+        if self.command == "PUT":
+            assert hashlib.sha256(body).hexdigest() == oid
+            hub.large[oid] = body
+            return self.reply(200)
+        start = int(re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "bytes=0-"))[1])
+        content = hub.large[oid]
+        self.reply(206 if start else 200, content[start:], Content_Range=f"bytes {start}-{len(content) - 1}/{len(content)}", ETag=f'"{oid}"')
+
+    def api(self, hub, path, query, body, token):
+        if path == "/api/whoami-v2":
+            return self.reply(200, {"type": "user", "name": "ada"}) if token else self.fail(401)
+        if path == "/api/validate-yaml":
+            return self.reply(200, {"errors": [], "warnings": []})
+        if path == "/api/repos/create":
+            wanted = json.loads(body)
+            repo = f"{wanted['organization'] or 'ada'}/{wanted['name']}"
+            if not token:
+                return self.fail(401)
+            if token == "hf_read" or wanted["organization"] not in (None, "ada"):
+                return self.fail(403)
+            if repo not in hub.repos:
+                hub.repos[repo] = {"main": "0" * 40, "private": wanted.get("visibility") == "private" or wanted.get("private") is True}
+                hub.commits["0" * 40] = {}
+                return self.reply(200, {"url": f"{hub.url}/{repo}"})
+            return self.reply(409, {"error": "exists", "url": f"{hub.url}/{repo}"})
+        found = re.match(r"(?:/api/models)?/(\w+/[\w.-]+?)(?:\.git)?(?:/(.*))?$", path)
+        repo, rest = found[1], (found[2] or "")
+        if repo not in hub.repos or hub.repos[repo]["private"] and not token:
+            return self.fail(404 if token else 401, "RepoNotFound")
+        if repo in hub.gated:
+            return self.fail(403, "GatedRepo")
+        writes = self.command == "POST" and "create_pr=1" not in query and "/objects/batch" not in path
+        if writes and (token != "hf_good" or not repo.startswith("ada/")):
+            return self.fail(403)
+        action, _, rest = rest.partition("/")
+        getattr(self, f"on_{action or 'revision'}")(hub, repo, rest, query, body)
+
+    def on_revision(self, hub, repo, revision, query, body):
+        commit = hub.repos[repo].get(revision or "main", revision)
+        if commit not in hub.commits:
+            return self.fail(404, "RevisionNotFound")
+        self.reply(200, {"_id": "1", "id": repo, "sha": commit, "siblings": [{"rfilename": name} for name in hub.commits[commit]]})
+
+    def on_tree(self, hub, repo, rest, query, body):
+        revision = rest.split("/")[0]
+        self.reply(200, [{"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+                         for name, content in hub.files(repo, revision).items()])
+
+    def on_branch(self, hub, repo, branch, query, body):
+        hub.repos[repo][branch] = hub.repos[repo]["main"]
+        self.reply(200, {})
+
+    def on_preupload(self, hub, repo, revision, query, body):
+        self.reply(200, {"files": [{"path": f["path"], "uploadMode": "lfs" if f["path"].endswith(".safetensors") else "regular",
+                                    "shouldIgnore": False} for f in json.loads(body)["files"]]})
+
+    def on_info(self, hub, repo, rest, query, body):
+        self.reply(200, {"transfer": "basic", "objects": [{**o, "actions": {"upload": {"href": self.large(hub, o["oid"])}}}
+                                                          for o in json.loads(body)["objects"]]})
+
+    def large(self, hub, oid):
+        return f"http://localhost:{hub.server_port}/large/{oid}"
+
+    def on_commit(self, hub, repo, revision, query, body):
+        files, commit = dict(hub.files(repo, revision)), hashlib.sha1(body).hexdigest()
+        for item in map(json.loads, body.splitlines()):
+            value = item["value"]
+            if item["key"] == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif item["key"] == "lfsFile":
+                files[value["path"]] = hub.large[value["oid"]]
+        hub.commits[commit] = files
+        hub.repos[repo]["refs/pr/1" if "create_pr=1" in query else revision] = commit
+        self.reply(200, {"success": True, "commitOid": commit, "commitUrl": f"{hub.url}/{repo}/commit/{commit}",
+                         "pullRequestUrl": f"{hub.url}/{repo}/discussions/1"})
+
+    def on_resolve(self, hub, repo, rest, query, body):
+        revision, name = map(urllib.parse.unquote, rest.split("/", 1))
+        commit = hub.repos[repo].get(revision, revision)
+        if commit not in hub.commits:
+            return self.fail(404, "RevisionNotFound")
+        headers = {"X_Repo_Commit": commit}
+        if (content := hub.commits[commit].get(name)) is None:
+            return self.reply(404, X_Error_Code="EntryNotFound", **headers)
+        oid = hashlib.sha256(content).hexdigest()
+        if name.endswith(".safetensors"):
+            return self.reply(302, Location=self.large(hub, oid), X_Linked_Size=len(content), X_Linked_Etag=f'"{oid}"', **headers)
+        self.reply(200, content, ETag=f'"{oid}"', **headers)
+
+    do_GET = do_HEAD = do_POST = do_PUT = handle_request
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A running Hub, which this process's client and those it starts use with the token hf_good and caches of their own."""
+    hub = Hub()
+    threading.Thread(target=hub.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    for name, value in {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_TOKEN": "hf_good", "HF_HUB_DISABLE_XET": "1",
+                        "HF_HUB_DISABLE_PROGRESS_BARS": "1"}.items():
+        monkeypatch.setenv(name, value)
+    for name, value in {"ENDPOINT": hub.url, "HF_HUB_CACHE": str(tmp_path / "hf" / "hub"), "HF_TOKEN_PATH": str(tmp_path / "hf" / "token"),
+                        "HUGGINGFACE_CO_URL_TEMPLATE": hub.url + "/{repo_id}/resolve/{revision}/{filename}", "HF_HUB_DISABLE_XET": True,
+                        "HF_HUB_DISABLE_PROGRESS_BARS": True}.items():
+        monkeypatch.setattr(huggingface_hub.constants, name, value, raising=False)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # before the client tries again
+    yield hub
+    hub.shutdown()
+    hub.server_close()
+
+
+@pytest.fixture
+def checkpoint(acts, tmp_path):
+    """What the command trains, with the names of the rows' origin."""
+    Path(f"{acts}.json").write_text(json.dumps({"model_name": "tiny", "hook_name": "blocks.3.hook_resid_pre", "dataset": "ada/rows",
+                                                "base_model": "ada/tiny", "docs": 7}))
+    run(*run_arguments(acts, tmp_path / "runs" / "mine", steps=60))
+    return tmp_path / "runs" / "mine"
+
+
+PUSHED = ["README.md", "cfg.json", "config.json", "eval.json", "metrics.jsonl", "sae_weights.safetensors"]
+
+
+def test_push_without_arguments_then_load_is_bit_identical(hub, checkpoint, tmp_path):
+    (tmp_path / "runs" / "mine" / "vanilla").mkdir()
+    for name in (msae.WEIGHTS, msae.CONFIG):  # a twin, saved later
+        (checkpoint / "vanilla" / name).write_bytes((checkpoint / name).read_bytes())
+    done = subprocess.run([sys.executable, HERE / "cli.py", "push"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{hub.url}/ada/mine\n" and "hf_good" not in done.stderr
+    assert sorted(hub.files("ada/mine")) == PUSHED and len(hub.commits) == 2
+    assert all(hub.files("ada/mine")[name] == (checkpoint / name).read_bytes() for name in PUSHED if (checkpoint / name).exists())
+    assert hub.files("ada/mine")["config.json"] == hub.files("ada/mine")["cfg.json"]
+    pushed, local = (msae.MatryoshkaSAE.load(source) for source in ("ada/mine", checkpoint))
+    assert all(torch.equal(a, b) for a, b in zip(pushed.state_dict().values(), local.state_dict().values()))
+    assert pushed.prefixes == local.prefixes == (2, 4, 8, 16, 32) and pushed.metadata == local.metadata
+
+
+def test_the_options_of_push(hub, checkpoint):
+    assert run("push", checkpoint, "ada/other", "--private", "--commit-message", "first") == f"{hub.url}/ada/other\n"
+    assert hub.repos["ada/other"]["private"]
+    assert run("push", checkpoint, "other", "--revision", "small") == f"{hub.url}/ada/other/tree/small\n"
+    assert run("push", checkpoint, "ada/other", "--create-pr") == f"{hub.url}/ada/other/discussions/1\n"
+    assert set(hub.repos["ada/other"]) == {"main", "private", "small", "refs/pr/1"}
+    assert b"revision='small'" in hub.files("ada/other", "small")["README.md"]
+    for revision in ("small", "refs/pr/1", hub.repos["ada/other"]["main"]):
+        assert msae.MatryoshkaSAE.load("ada/other", revision=revision, prefix=9).prefixes == (2, 4, 8, 9)
+    assert "--revision" in run("push", checkpoint, "ada/other", "--create-pr", "--revision", "small", code=2)
+    hub.repos["bob/his"] = {"main": "0" * 40, "private": False}
+    assert run("push", checkpoint, "bob/his", "--create-pr") == f"{hub.url}/bob/his/discussions/1\n"
+    with pytest.raises(ValueError, match="revision"):
+        msae.MatryoshkaSAE.load(checkpoint, revision="small")
+
+
+def test_dry_run_shows_files_and_card_and_touches_no_network(hub, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.chdir(tmp_path)
+    output = run("push", "--dry-run")
+    assert not hub.seen and "YOUR_NAME/mine" in output
+    assert all(re.search(rf"^ +[\d,]+  {name}$", output, re.MULTILINE) for name in PUSHED) and msae.STATE not in output
+    assert "library_name: saelens" in output and 'base_model: "ada/tiny"' in output and "ada/rows" in output
+
+
+FAULTS = {  # fault, changes of the environment, arguments, what the message must name
+    "no token": ([], {"HF_TOKEN": None}, ["mine"], "hf auth login"),
+    "no token, full name": ([], {"HF_TOKEN": None}, ["ada/mine"], "hf auth login"),
+    "refused token": ([], {"HF_TOKEN": "hf_bad"}, ["mine"], "HTTP 401"),
+    "refused token as an option": ([], {}, ["ada/mine", "--token", "hf_bad"], "HTTP 401"),
+    "read token": ([], {"HF_TOKEN": "hf_read"}, ["ada/mine"], "write access"),
+    "somebody else's": ([], {}, ["bob/his"], "write access"),
+    "no such organization": ([], {}, ["nobody/mine"], "HTTP 403"),
+    "bad name": ([], {}, ["ada/my sae"], "'ada/my sae'"),
+    "two slashes": ([], {}, ["ada/my/sae"], "'ada/my/sae'"),
+    "fault at whoami": ([["GET", "whoami", 500, 99]], {}, ["mine"], "HTTP 500"),
+    "fault at create": ([["POST", "create", 503, 99]], {}, ["ada/mine"], "try again later (HTTP 503)"),
+    "fault at preupload": ([["POST", "preupload", 502, 99]], {}, ["ada/mine"], "HTTP 502"),
+    "fault at upload": ([["PUT", "large", 500, 99]], {}, ["ada/mine"], "HTTP 500"),
+    "fault at commit": ([["POST", "commit", 500, 99]], {}, ["ada/mine"], "HTTP 500"),
+    "conflict at commit": ([["POST", "commit", 409, 99]], {}, ["ada/mine"], "HTTP 409"),
+    "cut at upload": ([["PUT", "large", "cut", 99]], {}, ["ada/mine"], "connection"),
+    "cut at commit": ([["POST", "commit", "cut", 99]], {}, ["ada/mine"], "connection"),
+}
+
+
+@pytest.mark.parametrize("faults, changes, arguments, names", FAULTS.values(), ids=FAULTS.keys())
+def test_a_push_that_fails_is_one_line_and_commits_nothing(hub, tmp_path, monkeypatch, faults, changes, arguments, names):
+    msae.MatryoshkaSAE(16, 32).save(tmp_path / "mine")
+    hub.repos["bob/his"] = {"main": "0" * 40, "private": False}
+    hub.commits["0" * 40] = {}
+    hub.faults = [list(fault) for fault in faults]
+    for name, value in changes.items():
+        monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name)
+    output = run("push", tmp_path / "mine", *arguments, code=1)
+    errors = [line for line in output.splitlines() if line.startswith("Error:")]
+    assert len(errors) == 1 and output.endswith(errors[0] + "\n") and names in errors[0] and "Traceback" not in output and "hf_" not in output
+    assert list(hub.commits.values()) == [{}]
+
+
+def test_a_push_survives_faults_that_pass(hub, tmp_path):
+    sae = msae.MatryoshkaSAE(16, 32)
+    sae.save(tmp_path / "mine")
+    for faults in ([["POST", "preupload", 500, 2]], [["POST", "batch", 503, 1], ["PUT", "large", 500, 1]], [["PUT", "large", "cut", 2]]):
+        hub.faults = faults
+        hub.large.clear()
+        run("push", tmp_path / "mine", "ada/mine")  # there from the second time on: 409
+        assert not any(fault[3] for fault in faults)
+    hub.faults = [["HEAD", "cfg.json", 500, 2], ["GET", "large", "cut", 3]]  # resumed where they were cut
+    assert torch.equal(msae.MatryoshkaSAE.load("ada/mine").W_dec, sae.W_dec) and not any(fault[3] for fault in hub.faults)
+
+
+@pytest.mark.parametrize("fault, names", [
+    (["HEAD", "cfg.json", 401, 99], "HTTP 401"), (["HEAD", "cfg.json", 403, 99], "HTTP 403"), (["HEAD", "cfg.json", 503, 99], "HTTP 503"),
+    (["HEAD", "cfg.json", "cut", 99], "connection"), (["GET", "large", "cut", 99], "connection"), (["GET", "large", 500, 99], "HTTP 500"),
+    (["HEAD", "cfg.json", 404, 99, "EntryNotFound"], "cfg.json of the model ada/mine cannot be read: there is no such file"),
+    ("gated", "gated"), ("revision", "at v9 cannot be read: there is no such revision"),
+    ("missing", "there is no folder ada/none here, and on the Hub: .*hf auth login"), ("down", "connection"), ("offline", "offline")])
+def test_a_load_that_fails_says_why(hub, tmp_path, monkeypatch, fault, names):
+    msae.MatryoshkaSAE(16, 32).save(tmp_path / "mine")
+    run("push", tmp_path / "mine", "ada/mine")
+    hub.faults = [fault] if isinstance(fault, list) else []
+    hub.gated = {"ada/mine"} if fault == "gated" else set()
+    if fault == "down":
+        getattr(huggingface_hub, "close_session", lambda: None)()  # of connections kept alive
+        hub.shutdown()
+        hub.server_close()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", fault == "offline")
+    with pytest.raises(OSError, match=names) as error:
+        msae.MatryoshkaSAE.load("ada/none" if fault == "missing" else "ada/mine", revision="v9" if fault == "revision" else None)
+    assert "\n" not in str(error.value) and type(error.value) is OSError
+
+
+def test_a_folder_wins_over_a_repository_and_other_names_are_explained(hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    here, there = msae.MatryoshkaSAE(4, 8), msae.MatryoshkaSAE(4, 8)
+    here.save("mine")
+    there.save("other")
+    run("push", "other", "ada/mine")
+    assert torch.equal(msae.MatryoshkaSAE.load("ada/mine").W_dec, there.W_dec)
+    here.save("ada/mine")
+    assert torch.equal(msae.MatryoshkaSAE.load("ada/mine").W_dec, here.W_dec)
+    hub.seen.clear()
+    for name in ("nothing", "runs/a/b", "./adb", "/ada/mine", "../ada/mine", Path("ada/none")):
+        with pytest.raises(FileNotFoundError, match="no such folder, and a Hub repository is named user/name"):
+            msae.MatryoshkaSAE.load(name)
+    assert not hub.seen
+    for bad in (0, 9):
+        with pytest.raises(ValueError, match="prefix"):
+            msae.MatryoshkaSAE.load("mine", prefix=bad)
+
+
+def test_push_of_no_checkpoint_is_refused(hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "no checkpoint under runs/" in run("push", code=1)
+    assert "no such folder" in run("push", "nowhere", "ada/mine", code=1)
+    assert "cfg.json" in run("push", tmp_path, "ada/mine", code=1)
+    msae.MatryoshkaSAE(4, 8).to_dictionary_learning("dictionary")
+    assert "sae_weights.safetensors" in run("push", "dictionary", "ada/mine", code=1)
+    msae.MatryoshkaSAE(4, 8).save("mine")
+    assert "no evaluation" in run("push", "mine", "ada/mine", "--dry-run")
+    Path("mine/eval.json").write_text('{"fvu": 1}')
+    assert "eval.json" in run("push", "mine", "ada/mine", code=1)
+    assert not hub.seen
+
+
+@pytest.mark.parametrize("library, revision", [("msae", None), ("msae", "small"), ("sae_lens", None), ("sae_lens", "small")])
+def test_the_snippets_of_a_card_run_on_what_it_describes(hub, checkpoint, tmp_path, monkeypatch, library, revision):
+    if library == "sae_lens":
+        pytest.importorskip("sae_lens")
+    run("push", checkpoint, "ada/mine", *(["--revision", revision] if revision else []))
+    card = hub.files("ada/mine", revision or "main")["README.md"].decode()
+    snippet = re.findall(r"```python\n(.*?)```", card, re.DOTALL)[library == "sae_lens"]
+    monkeypatch.chdir(tmp_path)
+    exec(snippet, names := {})
+    assert names["codes"].shape == (8, 32) and names["recon"].shape == (8, 16)
+    figures = json.loads((checkpoint / "eval.json").read_text())
+    assert f"| 32 | {figures['fvu']:.4f} | {figures['l0']:.2f} | {figures['dead']:.2%} | {figures['max_cosine']:.3f} |" in card and "| 2 | 0." in card
+
+
+@pytest.mark.skipif("MSAE_HUB_TEST" not in os.environ, reason="writes a private repository with your token: set MSAE_HUB_TEST=1")
+def test_push_and_load_on_the_real_hub(tmp_path):
+    sae, api = msae.MatryoshkaSAE(16, 32), huggingface_hub.HfApi()
+    sae.save(tmp_path / "mine")
+    repo = f"{api.whoami()['name']}/msae-test-{os.getpid()}"
+    try:
+        assert run("push", tmp_path / "mine", repo, "--private").strip().endswith(repo)
+        assert torch.equal(msae.MatryoshkaSAE.load(repo).W_enc, sae.W_enc) and sorted(set(api.list_repo_files(repo)) & set(PUSHED))
+    finally:
+        api.delete_repo(repo, missing_ok=True)
+
+
+# ------------------------------------------------------------------------------------------------------------ neighbours
+
+
+def close_to(theirs, ours):
+    torch.testing.assert_close(theirs.detach(), ours.detach(), rtol=1e-6, atol=1e-6)
+
+
+def test_saelens_opens_every_checkpoint_and_the_hub(hub, tmp_path):
+    sae_lens = pytest.importorskip("sae_lens")
+    x, seen = torch.from_numpy(rows(1000, mean=0.5, scale=1.0)), []
+
+    def look(figures):
+        ours, theirs = msae.MatryoshkaSAE.load(tmp_path / "run"), sae_lens.SAE.load_from_disk(tmp_path / "run")
+        close_to(theirs.encode(x), ours.encode(x))
+        close_to(theirs(x), ours(x))
+        seen.append(float((ours.encode(x) > 0).float().sum(dim=1).mean()))
+
+    origin = {"model_name": "tiny", "hook_name": "blocks.3.hook_resid_pre"}
+    msae.train(x, config(n_latents_start=40, order="energy", steps=100), out=tmp_path / "run", save_minutes=0, log_every=20, on_log=look,
+               metadata=origin)
+    assert len(seen) == 5 and 0 < min(seen) < 32
+    run("push", tmp_path / "run", "ada/mine")
+    theirs = sae_lens.SAE.from_pretrained("ada/mine", ".")
+    close_to(theirs.encode(x), msae.MatryoshkaSAE.load("ada/mine").encode(x))
+    assert (theirs.cfg.metadata.k, list(theirs.cfg.metadata.prefixes)) == (4.5, [4, 12, 32])
+    assert {name: theirs.cfg.metadata[name] for name in origin} == origin
+
+
+@pytest.mark.parametrize("kind", ["BatchTopK", "MatryoshkaBatchTopK", "inference", "per latent"])
+def test_checkpoints_of_saelens_load(tmp_path, kind):
+    sae_lens = pytest.importorskip("sae_lens")
+    make = {"MatryoshkaBatchTopK": functools.partial(sae_lens.MatryoshkaBatchTopKTrainingSAEConfig, matryoshka_widths=[8, 32])}
+    theirs = sae_lens.TrainingSAE.from_dict(make.get(kind, sae_lens.BatchTopKTrainingSAEConfig)(d_in=16, d_sae=32, k=4).to_dict())
+    theirs.topk_threshold.fill_(0.01)
+    theirs.W_dec.data *= torch.rand(32, 1) + 0.5  # no unit rows
+    theirs.save_inference_model(tmp_path / "inference")
+    x = torch.from_numpy(rows(200, mean=0.5, scale=1.0))
+    inference = sae_lens.SAE.load_from_disk(tmp_path / "inference")
+    if kind == "per latent":
+        inference.threshold.data[3] = 0.02
+        inference.save_model(tmp_path / kind)
+        with pytest.raises(ValueError, match="threshold .* one number"):
+            msae.MatryoshkaSAE.load(tmp_path / kind)
+        return
+    if kind != "inference":
+        theirs.save_model(tmp_path / kind)
+    ours = msae.MatryoshkaSAE.load(tmp_path / kind)
+    close_to(inference.encode(x), ours.encode(x))
+    close_to(inference(x), ours(x))
+    assert 0 < float((ours.encode(x) > 0).float().mean()) < 0.5
+
+
+def dictionary_learning(monkeypatch):
+    """The package; modules of its language-model half that are not installed are left empty."""
+    if importlib.util.find_spec("dictionary_learning") is None:
+        pytest.skip("dictionary_learning is not installed")
+    while True:
+        try:
+            return importlib.import_module("dictionary_learning.utils")
+        except ModuleNotFoundError as error:
+            for name in [name for name in sys.modules if name.startswith("dictionary_learning")]:
+                del sys.modules[name]
+            monkeypatch.setitem(sys.modules, error.name, unittest.mock.MagicMock())
+
+
+def test_dictionary_learning_and_back(tmp_path, monkeypatch):
+    theirs_utils = dictionary_learning(monkeypatch)
+    x = torch.from_numpy(rows(1000, mean=0.5, scale=1.0))
+    sae = msae.train(x, config(), metadata={"model_name": "tiny"})
+    sae.to_dictionary_learning(tmp_path / "theirs")
+    theirs, settings = theirs_utils.load_dictionary(str(tmp_path / "theirs"), "cpu")
+    direct = type(theirs).from_pretrained(str(tmp_path / "theirs" / "ae.pt"))
+    assert type(theirs).__name__ == "MatryoshkaBatchTopKSAE" and torch.equal(direct.encode(x), theirs.encode(x))
+    close_to(theirs.encode(x), sae.encode(x))
+    close_to(theirs(x), sae(x))
+    assert theirs.group_sizes.tolist() == [4, 8, 20] and settings["trainer"]["lm_name"] == "tiny"
+    back = msae.MatryoshkaSAE.load(tmp_path / "theirs")
+    assert all(torch.equal(a, b) for a, b in zip(back.state_dict().values(), sae.state_dict().values())) and back.prefixes == sae.prefixes
+    fresh = type(theirs)(16, 32, k=4, group_sizes=[8, 24])  # its own, with the threshold -1 of the start
+    torch.save(fresh.state_dict(), tmp_path / "theirs" / "ae.pt")
+    close_to(fresh.encode(x), msae.MatryoshkaSAE.load(tmp_path / "theirs").encode(x))
+
+
+class Evil:
+    def __reduce__(self):
+        return Path.touch, (Path("ran.txt"),)
+
+
+@pytest.mark.parametrize("how, names", [("evil", "damaged or holds more than tensors"), ("cut", "damaged"), ("a list", "damaged"),
+                                        ("other tensors", "encoder.weight"), ("not finite", "b_dec"), ("groups", "end in n_latents=8"), ("shapes", "damaged")])
+def test_a_damaged_or_evil_dictionary_is_refused_and_runs_nothing(tmp_path, monkeypatch, how, names):
+    monkeypatch.chdir(tmp_path)
+    msae.MatryoshkaSAE(4, 8).to_dictionary_learning(tmp_path)
+    good, path = torch.load("ae.pt"), Path("ae.pt")
+    if how == "cut":
+        path.write_bytes(path.read_bytes()[:-300])
+    else:
+        torch.save({"evil": {**good, "k": Evil()}, "a list": [1], "other tensors": {"encoder.weight": torch.ones(3)},
+                    "not finite": {**good, "b_dec": good["b_dec"] / 0}, "groups": {**good, "group_sizes": torch.tensor([2, 3])},
+                    "shapes": {**good, "W_dec": torch.ones(()), "b_enc": torch.ones(())}}[how], path)
+    with pytest.raises(ValueError, match=names) as error:
+        msae.MatryoshkaSAE.load(tmp_path)
+    assert not Path("ran.txt").exists() and "\n" not in str(error.value)
+
+
+def test_saebench_finds_what_its_evals_read():
+    sae, x = msae.MatryoshkaSAE(16, 32), torch.from_numpy(rows(10)).view(2, 5, 16)
+    with pytest.raises(ValueError, match="hook_name"):
+        sae.for_saebench("pythia-70m-deduped")
+    custom = sae.for_saebench("pythia-70m-deduped", "blocks.4.hook_resid_post")
+    cfg = dataclasses.asdict(custom.cfg)
+    assert (cfg["model_name"], cfg["hook_layer"], cfg["hook_name"]) == ("pythia-70m-deduped", 4, "blocks.4.hook_resid_post")
+    assert (cfg["d_in"], cfg["d_sae"], cfg["dtype"]) == (16, 32, "float32") and cfg["architecture"] and json.dumps(cfg)
+    assert set(cfg) >= {"context_size", "hook_head_index", "apply_b_dec_to_input", "finetuning_scaling_factor", "activation_fn_str",
+                        "activation_fn_kwargs", "prepend_bos", "normalize_activations", "device", "model_from_pretrained_kwargs",
+                        "dataset_path", "dataset_trust_remote_code", "seqpos_slice", "training_tokens", "sae_lens_training_version",
+                        "neuronpedia_id"}
+    assert custom.W_enc.shape == (16, 32) and custom.W_dec.shape == (32, 16) and custom.b_enc.shape == (32,) and custom.b_dec.shape == (16,)
+    torch.testing.assert_close(custom.W_dec.norm(dim=1), torch.ones(32))
+    torch.testing.assert_close(custom(x), custom.decode(custom.encode(x)))
+    half = custom.to(device=torch.device("cpu"), dtype=torch.bfloat16)
+    assert half is custom and half.dtype == torch.bfloat16 and half.device == torch.device("cpu") and half.encode(x).dtype == torch.bfloat16
+    custom.cfg.dtype = "bfloat16"  # as its scripts set it
+
+
+ALONE = """
+import sys, numpy as np
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("click", "rich", "huggingface_hub", "cli"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Blocked())
+import msae, torch
+rows = np.random.default_rng(0).normal(size=(2000, 8)).astype("f4")
+cfg = msae.TrainConfig(n_latents=16, k=3, batch_size=64, steps=30)
+trained = msae.train(rows, cfg, out="run")
+sae = msae.MatryoshkaSAE.load("run")
+assert torch.equal(sae.encode(torch.from_numpy(rows)), trained.encode(torch.from_numpy(rows)))
+assert 0 < msae.evaluate(sae, rows)["fvu"] < 1
+try:
+    msae.MatryoshkaSAE.load("ada/mine")
+except OSError as error:
+    assert "pip install huggingface-hub" in str(error), error
+else:
+    raise AssertionError
+assert not {"click", "rich", "huggingface_hub"} & set(sys.modules)
+"""
+
+
+def test_msae_works_copied_alone_into_a_folder(tmp_path):
+    (tmp_path / "msae.py").write_bytes((HERE / "msae.py").read_bytes())
+    done = subprocess.run([sys.executable, "-c", ALONE], cwd=tmp_path, env={"PATH": "", "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stdout + done.stderr, done.stderr
