@@ -1158,7 +1158,7 @@ def test_baseline_trains_the_vanilla_twin_and_resume_finds_the_newest_folder(act
     for more in ([], ["--baseline"], ["--baseline", "--resume"]):  # the second makes runs/acts-32-2, the third resumes it
         output = run(*arguments, *more)
     assert "saved runs/acts-32-2" in output and not Path("runs/acts-32-3").exists()
-    assert re.search(r"vanilla +32 +0\.\d{4} +\d\.\d\d +\d+\.\d\d% +0\.\d{3}", output) and "matryoshka" in output
+    assert re.search(r"vanilla +32 +0\.\d{4} +\d\.\d\d +0\.\d{3} +\d+\.\d\d%", output) and "matryoshka" in output
     ours, vanilla = (msae.MatryoshkaSAE.load(Path("runs/acts-32-2") / name) for name in ("", "vanilla"))
     assert vanilla.prefixes == (32,) and ours.prefixes == (2, 4, 8, 16, 32)
     assert vanilla.metadata["training"]["seed"] == ours.metadata["training"]["seed"]
