@@ -1,14 +1,18 @@
 """Command line over msae: parse, one library call, show."""
 
+import os
+import signal
+
+if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds
+    signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"interrupted\n"), os._exit(130)))
+
 import contextlib
 import datetime
 import functools
 import json
 import math
-import os
 import shlex
 import shutil
-import signal
 import statistics
 import sys
 import time
@@ -27,7 +31,7 @@ import msae
 
 HERE = Path(__file__).parent
 EVAL, ORIGIN = "eval.json", ("model_name", "hook_name", "dataset", "base_model")
-console = Console()
+console = Console(markup=False, emoji=False, highlight=False)
 
 # Replications of the ReLU + L1 original (noanabeshima/matryoshka-saes): a post of 2026, one seed.
 PUBLISHED = {"matryoshka": {"fvu": 0.021, "l0": 1.13, "clean": 20, "features": 20},
@@ -56,7 +60,14 @@ class Commands(click.Group):
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 def main():
-    """Matryoshka sparse autoencoders: train them, look at them, share them."""
+    """Matryoshka sparse autoencoders: train them, look at them, share them.
+
+    \b
+    Examples:
+      python cli.py toy
+      python cli.py train --help
+    """
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # not a line for each try of a connection
 
 
 # ------------------------------------------------------------------------------------------------------------------ toy
@@ -78,7 +89,7 @@ def toy(config, seed, seeds, out):
     """
     settings, results = msae.read_json(config), []
     msae.toy_setup(settings, seed)
-    folder = msae.output_folder(out, own={"toy.json", "toy.svg"})
+    folder = click.get_current_context().with_resource(msae.claimed_folder(out, own={"toy.json", "toy.svg"}))
     torch.set_num_threads(1)  # 20 x 20 matrices: threads would only wait for each other
     for number in range(seed, seed + seeds):
         started = time.perf_counter()
@@ -89,13 +100,13 @@ def toy(config, seed, seeds, out):
         results.append({"seed": number, "seconds": round(time.perf_counter() - started, 1), **figures})
         if number == seed:
             maps = heat_maps(tree, saes)
-    report = results[0] if seeds == 1 else {"seeds": results}
-    write(folder / "toy.json", report)
-    write(folder / "toy.svg", svg(maps))
     console.print(toy_table(results))
     console.print(absorption_table(results[0]))
     console.print(terminal_maps(maps))
-    console.print(f"{sum(r['seconds'] for r in results):.0f} s; wrote {folder / 'toy.json'} and {folder / 'toy.svg'}", highlight=False)
+    report = results[0] if seeds == 1 else {"seeds": results}
+    write(folder / "toy.json", report)
+    write(folder / "toy.svg", svg(maps))
+    click.echo(f"{sum(r['seconds'] for r in results):.0f} s; wrote {folder / 'toy.json'} and {folder / 'toy.svg'}")
 
 
 def write(path, content):
@@ -220,7 +231,7 @@ def numbers(ctx, param, value):
 @click.option("--batch-size", type=int, help="Rows per step, of all processes together.  [default: 2048]")
 @click.option("--lr", type=float, help="Peak learning rate of Adam.  [default: 0.24 / sqrt(F), at most 0.01]")
 @click.option("--seed", type=int, help="Of weights, row order and held-out rows.  [default: 0]")
-@click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default="cuda if there is one, else cpu")
+@click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...", show_default="cuda if there is one, else cpu")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]),
               help="Of the products; weights stay float32.  [default: bfloat16 on cuda, else float32]")
 @click.option("--out", type=click.Path(file_okay=False), help="A new folder.  [default: a new one under runs/]")
@@ -266,8 +277,8 @@ def train(acts, device, out, config, spare, baseline, resume, init_from, save_mi
                 write(where / EVAL, figures.setdefault(name, msae.evaluate(sae, held_out)))
     if first:
         console.print(figures_table(figures))
-        console.print("dead: latents that never fire on these rows; cosine: mean over latents of the largest with another decoder row\n"
-                      f"\nsaved {folder}\nload it with  sae = msae.MatryoshkaSAE.load({str(folder)!r})", highlight=False)
+        click.echo("dead: latents that never fire on these rows; cosine: mean over latents of the largest with another decoder row\n"
+                   f"\nsaved {folder}\nload it with  sae = msae.MatryoshkaSAE.load({str(folder)!r})")
 
 
 @contextlib.contextmanager
@@ -330,7 +341,7 @@ def tiny_model_options(command):
     for option in (
         click.option("--model", "model_path", default="tiny_model.pt", help="State dict of a TinyModel: a file, or a published name: " + ", ".join(msae.SHA256)),
         click.option("--layer", type=click.IntRange(min=0), default=3, help="The residual stream that enters this block; 4: after the last."),
-        click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default="cuda if there is one, else cpu"),
+        click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...", show_default="cuda if there is one, else cpu"),
     ):
         command = option(command)
     return command
@@ -354,8 +365,8 @@ def token_batches(path, model):
 @main.command()
 @tiny_model_options
 @click.option("--tokens", default="train.jsonl", help='Token ids: a .jsonl of {"tok_ids": [...]}, a .npy (docs, positions), or the published file.')
-@click.option("--max-rows", type=click.IntRange(min=1), default=30_000_000)
-@click.option("--dtype", type=click.Choice(["float16", "float32"]), default="float16")
+@click.option("--max-rows", type=click.IntRange(min=1), default=30_000_000, help="Stop after this many.")
+@click.option("--dtype", type=click.Choice(["float16", "float32"]), default="float16", help="Of the rows in the file.")
 @click.option("--out", type=click.Path(dir_okay=False), default="acts.npy", help="A new file.")
 def harvest(model_path, layer, device, tokens, max_rows, dtype, out):
     """Residual stream activations of TinyModel as rows for train, without those of [BEGIN] and [PAD].
@@ -369,7 +380,7 @@ def harvest(model_path, layer, device, tokens, max_rows, dtype, out):
     out, drop = Path(out), (msae.BEGIN, msae.PAD)
     if out.exists():
         raise FileExistsError(f"{out} exists: choose another --out")
-    folder = msae.output_folder(out.parent, own=None)
+    folder = msae.output_folder(out.parent)
     model, module = tiny_model(model_path, layer, device)
     batches, total = token_batches(tokens, model), 0
     for ids in batches():  # all of them are checked before the first is used
@@ -379,16 +390,18 @@ def harvest(model_path, layer, device, tokens, max_rows, dtype, out):
     size, free = total * model.embed.weight.shape[1] * (2 if dtype == "float16" else 4), shutil.disk_usage(folder).free
     if size > free:
         raise OSError(f"{out} would take {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free: lower --max-rows, or choose another --out")
+    if out.exists():  # by now
+        raise FileExistsError(f"{out} exists: choose another --out")
     started = time.monotonic()
     with progress() as bar:
         show = bar.line("harvest", total)
         n = msae.harvest(model, module, batches(), out, at="input", drop=drop, dtype=dtype, max_rows=max_rows,
-                         on_rows=lambda n: show(n, rate := n / max(time.monotonic() - started, 1e-9), (total - n) / rate, f"{n:,}/{total:,} rows"))
+                         on_rows=lambda n: show(n, rate := max(n, 1) / max(time.monotonic() - started, 1e-9), (total - n) / rate, f"{n:,}/{total:,} rows"))
     about = {"model_name": Path(model_path).name, "hook_name": f"torso.{layer}.input" if layer < len(model.torso) else "lm_head.input", "dataset": tokens}
     if model_path in msae.SHA256:
         about["base_model"] = msae.TINY_MODEL[0]
     write(f"{out}.json", about)
-    console.print(f"{n:,} rows of width {model.embed.weight.shape[1]} in {out}; next:  python cli.py train --acts {out} --latents 3072", highlight=False)
+    click.echo(f"{n:,} rows of width {model.embed.weight.shape[1]} in {out}; next:  python cli.py train --acts {shlex.quote(str(out))} --latents 3072")
 
 
 @main.command("eval")
@@ -415,6 +428,9 @@ def evaluate(checkpoints, acts, labels, tokens, max_tokens, model_path, layer, d
     if tokens:
         model, module = tiny_model(model_path, layer, device)
         batches = token_batches(tokens, model)
+    files = [Path(out)] if out else [Path(path) / EVAL for path in saes if Path(path).is_dir()]
+    for file in files:
+        msae.output_folder(file.parent)
     for path, sae in saes.items():
         found = results[path] = {"checkpoint": path, "acts": acts, **msae.evaluate(sae.to(device), rows)}
         if tokens:
@@ -422,10 +438,6 @@ def evaluate(checkpoints, acts, labels, tokens, max_tokens, model_path, layer, d
         if labels:
             chosen = np.sort(np.random.default_rng(0).permutation(len(rows))[:20_000])
             found["labels"] = msae.probe(sae.cpu(), torch.from_numpy(rows.take(chosen)), y[chosen])
-        if not out and Path(path).is_dir():
-            write(Path(path) / EVAL, found)
-    if out:
-        write(out, results[checkpoints[0]] if len(results) == 1 else list(results.values()))
     names = short_names(checkpoints)
     console.print(figures_table({names[path]: found for path, found in results.items()}, "rows"))
     console.print(frequency_bars({names[path]: found for path, found in results.items()}))
@@ -434,7 +446,10 @@ def evaluate(checkpoints, acts, labels, tokens, max_tokens, model_path, layer, d
             console.print(loss_table(names[path], found["loss"]))
         if labels:
             console.print(label_table(names[path], found["labels"]))
-    console.print(f"wrote {out or ', '.join(str(Path(path) / EVAL) for path in results if Path(path).is_dir()) or 'nothing: no folder, no --out'}", highlight=False)
+    contents = [found for path, found in results.items() if out or Path(path).is_dir()]
+    for file, content in zip(files, [contents] if out and len(contents) > 1 else contents):
+        write(file, content)
+    click.echo(f"wrote {', '.join(map(str, files)) or 'nothing: no folder, no --out'}")
 
 
 def limited(batches, most):
@@ -487,13 +502,13 @@ def label_table(name, found):
 
 
 @main.command()
-@click.option("--latents", type=click.IntRange(min=1), default=3072)
-@click.option("--d-model", type=click.IntRange(min=1), default=768)
-@click.option("--batch-size", type=click.IntRange(min=1), default=2048)
-@click.option("--k", type=float, default=30)
+@click.option("--latents", type=click.IntRange(min=1), default=3072, help="Number of latents F.")
+@click.option("--d-model", type=click.IntRange(min=1), default=768, help="Width D of the rows.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=2048, help="Rows per step.")
+@click.option("--k", type=float, default=30, help="Active latents per row.")
 @click.option("--steps", type=click.IntRange(min=1), default=20, help="Steps to time, after three to warm up.")
-@click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default="cuda if there is one, else cpu")
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="[default: bfloat16 on cuda, else float32]")
+@click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...", show_default="cuda if there is one, else cpu")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Of the products.  [default: bfloat16 on cuda, else float32]")
 def bench(latents, d_model, batch_size, k, steps, device, dtype):
     """This machine's training step, beside the encoder product alone, which no SAE can do without.
 
@@ -712,4 +727,5 @@ class progress:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     main()

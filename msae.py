@@ -735,8 +735,8 @@ def train(acts, cfg, *, device="cpu", out=None, resume=False, init_from=None, sa
     ``init_from``: a checkpoint whose weights a new run starts with. ``on_log``: called every ``log_every`` steps with
     {"step", "loss", "fvu", "l0", "dead", "threshold", "rows_per_second"}. ``metadata``: what checkpoints say of the rows, such as
     {"model_name", "hook_name", "dataset", "base_model"}. Under torch.distributed each process takes its share of every batch.
-    ``ValueError`` for bad rows, or rows or a config other than those resumed; ``OSError`` if ``out`` is not empty, or the
-    disk full.
+    ``ValueError`` for bad rows, or rows or a config other than those resumed; ``OSError`` if ``out`` is not empty, or in use
+    by another run, or the disk full.
     """
     device, (rank, world) = check_device(device), process_place()
     _require(not resume or out is not None and init_from is None, "resume needs out and no init_from", (out, init_from))
@@ -746,7 +746,7 @@ def train(acts, cfg, *, device="cpu", out=None, resume=False, init_from=None, sa
     elif init_from is not None:
         trainer.start_from(MatryoshkaSAE.load(init_from, device))
     batches = data.batches(cfg.batch_size // world, cfg.seed, trainer.steps_done, rank, world)
-    folder = output_folder(out, own=None if resume else {f".{STATE}.tmp"}) if out is not None and rank == 0 else None
+    claim = claimed_folder(out, own=None if resume else {f".{STATE}.tmp"}) if out is not None and rank == 0 else contextlib.nullcontext()
 
     def checkpoint():
         sae = trainer.export()
@@ -765,9 +765,9 @@ def train(acts, cfg, *, device="cpu", out=None, resume=False, init_from=None, sa
         if on_log:
             on_log(figures)
 
-    if folder and not resume:
-        checkpoint()
-    with metrics_file(folder, trainer.steps_done) as metrics, deferred_signals() as received:
+    with claim as folder, metrics_file(folder, trainer.steps_done) as metrics, deferred_signals() as received:
+        if folder and not resume:
+            checkpoint()
         logged, saved, first, stop = time.monotonic(), time.monotonic(), trainer.steps_done, False
         if isinstance(data, Rows):  # a thread would take a third longer over the toy's small steps
             batches = prefetch(itertools.islice(batches, cfg.steps - first), pin=device.type == "cuda")
@@ -1384,7 +1384,7 @@ def read_tokens(path, n_vocab=10_000, n_positions=256, batch_size=64):
     ``ValueError`` names the line or row with an id outside [0, n_vocab), more than ``n_positions`` ids, or another length than
     the first.
     """
-    docs, length = [], None
+    docs, length, stamp = [], None, _stamp(path)
     for number, ids in enumerate(_npy_docs(path) if str(path).endswith(".npy") else _jsonl_docs(path), 1):
         where, length = f"{path}, line {number}:" if not str(path).endswith(".npy") else f"{path}, row {number - 1}:", length or len(ids)
         _require(0 < len(ids) <= n_positions, f"{where} tok_ids must be 1 to {n_positions} ids, the positions of the model", len(ids))
@@ -1394,6 +1394,8 @@ def read_tokens(path, n_vocab=10_000, n_positions=256, batch_size=64):
         if len(docs) == batch_size:
             yield torch.from_numpy(np.stack(docs))
             docs = []
+    if _stamp(path) != stamp:
+        raise OSError(f"{path} changed while it was read")
     if docs:
         yield torch.from_numpy(np.stack(docs))
 
@@ -1401,7 +1403,9 @@ def read_tokens(path, n_vocab=10_000, n_positions=256, batch_size=64):
 def _npy_docs(path):
     array = read_npy(path)
     _require(array.dtype.kind in "iu" and array.ndim == 2, f"{path} must hold whole numbers (docs, positions)", f"{array.dtype} {array.shape}")
-    return (row.astype(np.int64) for row in array)
+    _require(array.flags.c_contiguous, f"{path} must be in C order to be read as rows", "Fortran order")
+    read = functools.partial(_read_file, path, _stamp(path), array.dtype, array.offset, array.shape[1])
+    return (read(i, i + 1)[0].astype(np.int64) for i in range(len(array)))
 
 
 def _jsonl_docs(path, longest=1 << 20):
@@ -1571,15 +1575,21 @@ def _open_part(array):
     _require(array.flags.c_contiguous or array.ndim == 2, f"{name} must be in C order to be read as rows", "Fortran order")
     rows = array.reshape(-1, array.shape[-1])
     if isinstance(array, np.memmap) and isinstance(array.base, mmap.mmap) and array.mode == "r" and array.flags.c_contiguous:
-        return _Part(name, *rows.shape, functools.partial(_read_file, name, array.dtype, array.offset, rows.shape[1]))
+        return _Part(name, *rows.shape, functools.partial(_read_file, name, _stamp(name), array.dtype, array.offset, rows.shape[1]))
     return _Part(name, *rows.shape, lambda start, stop: rows[start:stop])
 
 
-def _read_file(path, dtype, offset, d_model, start, stop):
+def _stamp(path):
+    """What changes when a file is written."""
+    found = os.stat(path)
+    return found.st_size, found.st_mtime_ns
+
+
+def _read_file(path, stamp, dtype, offset, d_model, start, stop):
     """Rows of a file by plain reads: pages touched through a memory map would count as this process's memory."""
     values = np.fromfile(path, dtype, (stop - start) * d_model, offset=offset + start * d_model * dtype.itemsize)
-    if len(values) < (stop - start) * d_model:
-        raise OSError(f"{path} became shorter while it was read: row {stop - 1} is missing")
+    if _stamp(path) != stamp:
+        raise OSError(f"{path} changed while it was read, row {start} to {stop - 1}")
     return values.reshape(-1, d_model)
 
 
@@ -1743,16 +1753,47 @@ def hub_errors(what):
         raise OSError(f"{what}: {why}") from None
 
 
-def output_folder(path, own=()):
-    """Create the folder ``path``; ``OSError`` if it is not writable or holds anything but files named in ``own`` (None: any)."""
+def output_folder(path):
+    """Create the folder ``path``; ``OSError`` if it is not writable."""
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    foreign = sorted(item.name for item in folder.iterdir() if own is not None and item.name not in own)
-    if foreign:
-        raise FileExistsError(f"{folder} is not empty, it holds {foreign[0]}: choose another output folder")
     if not os.access(folder, os.W_OK):
         raise PermissionError(f"{folder} is not writable: choose another output folder")
     return folder
+
+
+@contextlib.contextmanager
+def claimed_folder(path, own=()):
+    """Create the folder ``path`` and hold it; ``OSError`` if it holds more than empty files and those named in ``own`` (None: any)."""
+    folder = output_folder(path)
+    with alone(folder):
+        foreign = sorted(f.name for f in folder.iterdir() if own is not None and f.name not in own and (f.is_dir() or f.stat().st_size))
+        if foreign:
+            raise FileExistsError(f"{folder} is not empty, it holds {foreign[0]}: choose another output folder")
+        yield folder
+
+
+@contextlib.contextmanager
+def alone(path):
+    """Hold ``path``, a folder or a file to write, by a lock that ends with this process; ``OSError`` if another has it.
+
+    Without effect on Windows and on file systems without locks.
+    """
+    if os.name != "posix":
+        yield
+        return
+    import fcntl
+    handle = os.open(path, os.O_RDONLY if os.path.isdir(path) else os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BlockingIOError(f"{path} is in use by another run: wait for it, or choose another output") from None
+        except OSError:
+            pass
+        yield
+    finally:
+        os.close(handle)
 
 
 @contextlib.contextmanager
@@ -1761,20 +1802,23 @@ def atomic(path):
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with alone(temporary):
+            try:
+                yield temporary
+                with open(temporary, "rb+") as file:
+                    os.fsync(file.fileno())
+                os.replace(temporary, path)
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
     except OSError as error:
         raise OSError(f"{path} could not be written, the file there before is untouched: {error}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_json(path):
     """The object in a JSON file; ``ValueError`` names the file and the place of the fault."""
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(Path(path).read_text(encoding="utf-8-sig"))  # Windows editors put a byte order mark
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     _require(isinstance(content, dict), f"{path} must hold a JSON object", type(content).__name__)
