@@ -4,7 +4,7 @@ import os
 import signal
 
 if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds
-    signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"interrupted\n"), os._exit(130)))
+    before = signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"interrupted\n"), os._exit(130)))
 
 import contextlib
 import datetime
@@ -727,5 +727,5 @@ class progress:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGINT, before)
     main()
