@@ -1589,7 +1589,7 @@ def _read_file(path, stamp, dtype, offset, d_model, start, stop):
     """Rows of a file by plain reads: pages touched through a memory map would count as this process's memory."""
     values = np.fromfile(path, dtype, (stop - start) * d_model, offset=offset + start * d_model * dtype.itemsize)
     if _stamp(path) != stamp:
-        raise OSError(f"{path} changed while it was read, row {start} to {stop - 1}")
+        raise OSError(f"{path} changed while it was read")
     return values.reshape(-1, d_model)
 
 

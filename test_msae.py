@@ -659,6 +659,32 @@ def test_a_full_disk_is_one_line_and_the_checkpoint_before_still_loads(acts, tmp
     assert before == {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
 
 
+needs_locks = pytest.mark.skipif(os.name != "posix", reason="needs POSIX locks")
+
+
+@needs_locks
+def test_one_run_at_a_time_in_a_folder_and_a_kill_leaves_no_lock(acts, tmp_path):
+    arguments = run_arguments(acts, tmp_path / "run", steps=10**6)
+    process = command(*arguments)
+    assert process.stdout.readline().startswith("train  step 50/")
+    for second in (arguments, [*arguments, "--resume"]):
+        assert "in use by another run" in run(*second, code=1)
+    process.kill()
+    process.communicate()
+    assert "not empty" in run(*arguments, code=1)
+    with msae.claimed_folder(tmp_path / "run", own=None):
+        pass
+
+
+@needs_locks
+def test_a_second_writer_of_a_file_is_refused_and_the_first_unharmed(tmp_path):
+    with msae.atomic(tmp_path / "a") as temporary:
+        temporary.write_text("first")
+        with pytest.raises(OSError, match="in use by another run"), msae.atomic(tmp_path / "a"):
+            pass
+    assert [path.name for path in tmp_path.iterdir()] == ["a"] and (tmp_path / "a").read_text() == "first"
+
+
 # ------------------------------------------------------------------------------------------------------ many processes
 
 needs_gloo = pytest.mark.skipif(not torch.distributed.is_available() or not torch.distributed.is_gloo_available(), reason="needs gloo")
@@ -1032,6 +1058,15 @@ def test_a_bad_line_of_tokens_is_named_by_its_number(tmp_path, line):
         list(msae.read_tokens(tmp_path / "long.jsonl"))
 
 
+@pytest.mark.parametrize("name, change", [("ids.jsonl", lambda: os.utime("ids.jsonl", (0, 0))), ("ids.npy", lambda: os.truncate("ids.npy", 9000))])
+def test_tokens_that_change_while_they_are_read_are_an_error_and_leave_no_rows(texts, tmp_path, name, change):
+    np.save("ids.npy", texts)
+    model = tiny(n_vocab=10_000)
+    with pytest.raises(OSError, match="changed while it was read"):
+        msae.harvest(model, model.torso[1], msae.read_tokens(name), "acts.npy", on_rows=lambda n: change())
+    assert not list(tmp_path.glob("*acts.npy*"))
+
+
 @torch.no_grad()
 def test_loss_recovered_by_hand():
     model, ids = tiny(), torch.randint(2, 50, (6, 11))
@@ -1166,7 +1201,7 @@ def test_baseline_trains_the_vanilla_twin_and_resume_finds_the_newest_folder(act
 
 
 def test_options_override_the_config(acts, tmp_path):
-    (tmp_path / "config.json").write_text('{"n_latents_start": 32, "n_prefixes": 4, "steps": 5}')
+    (tmp_path / "config.json").write_bytes(b'\xef\xbb\xbf{"n_latents_start": 32,\r\n"n_prefixes": 4, "steps": 5}\r\n')  # as Windows writes
     run("train", "--acts", acts, "--latents", 32, "--k", 4, "--batch-size", 64, "--config", tmp_path / "config.json", "--spare", 0.5,
         "--prefixes", "8,32", "--out", tmp_path / "run")
     settings = msae.MatryoshkaSAE.load(tmp_path / "run").metadata["training"]
