@@ -1,11 +1,16 @@
 """Claims about msae, each against a naive oracle or a literal number. Needs no GPU and no network."""
 
+import collections
 import contextlib
 import dataclasses
+import functools
+import io
 import json
 import os
+import pickle
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -929,3 +934,183 @@ def test_readme_snippet_runs(tmp_path):
         done = subprocess.run([sys.executable, "-c", snippet], cwd=tmp_path, env={"PYTHONPATH": str(HERE), "PATH": ""},
                               capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------- enemy
+
+FUZZ = int(os.environ.get("MSAE_FUZZ", 168))  # bad inputs, over all kinds; MSAE_FUZZ=2100 takes minutes
+LIMIT, STEPS_AT_MOST = 2 << 30, 60            # bytes beyond those in use; steps before Ctrl-C
+WIDE = {"active_prob": 1, "children": [{"active_prob": 1e-3}] * 6000}
+DEEP = functools.reduce(lambda node, _: {"active_prob": 1, "children": [node]}, range(200), {"active_prob": 1})
+VALUES = (None, True, False, 0, 1, 2, 3, -1, 10**4, 2**31, 2**62, 2**63, -10**400, 10**400, 0.5, 1.0, 1e-320, 1e308, -1e308, float("nan"),
+          float("inf"), "", "x\ny", "1", "\0", [], [[]], [1, 2], [0.5, 1], [1e308] * 5, [10**400], {}, {"a": 1}, WIDE, DEEP)
+WORDS = ("-1", "0", "1", "2", "16", "17", "9999", str(2**31), str(2**62), "9" * 30, "9" * 5000, "1e-320", "0.5", "1e308", "1e999", "nan", "inf",
+         "-inf", "", " ", "x", "x\ny", "\0", "0.5,1", "1,2,16", ".1e999,1", "cuda:99", "hpu", "mkldnn", "meta", "float16", "energy", "..", "é" * 300)
+SIZES = {"train": "--acts acts.npy --latents 16 --k 2 --batch-size 32 --steps 8 --device cpu --out new", "toy": "--config toy.json --out toys",
+         "bench": "--latents 16 --d-model 8 --batch-size 8 --k 2 --steps 1 --device cpu"}
+
+
+class Canary:
+    def __reduce__(self):
+        return Path.touch, (Path("canary"),)
+
+
+def bad_bytes(g, data):
+    """``data`` cut, with bits flipped, bytes put in or repeated, or a pickle that would leave a trace in its place."""
+    at = g.randrange(len(data)) if g.random() < 0.5 else g.randrange(min(200, len(data)))
+    return g.choice((lambda: data[:at], lambda: data[:at] + bytes([data[at] ^ 1 << g.randrange(8)]) + data[at + 1:], lambda: data + data[:at],
+                     lambda: data[:at] + g.randbytes(8) + data[at:], lambda: data[:at] + b"\xff" * 8 + data[at + 8:],
+                     lambda: pickle.dumps(Canary())))()
+
+
+def bad_json(g, content):
+    """The text of ``content`` with values swapped, dropped or added, or the text itself damaged; as bytes."""
+    content = json.loads(json.dumps(content))
+    for _ in range(g.randint(1, 2)):
+        place, parent = content, {}
+        while isinstance(place, (dict, list)) and place and (parent is not content or g.random() < 0.8):
+            key, parent = g.choice(list(place) if isinstance(place, dict) else range(len(place))), place
+            place = place[key]
+        if parent:
+            parent[key] = g.choice(VALUES)
+            if g.random() < 0.2:
+                del parent[key]
+    text = json.dumps(content).encode()
+    changes = (lambda: b"\xef\xbb\xbf" + text, lambda: json.dumps(content, indent=1).replace("\n", "\r\n").encode(), lambda: bad_bytes(g, text),
+               lambda: text[:-1] + b"," + text[1:], lambda: b'{"a":' * 10**5, lambda: b'{"k": %s}' % (b"9" * 5000), lambda: b"\xff\xfe" + text)
+    return g.choice((lambda: text,) * 14 + changes)()
+
+
+def bad_npy(g, data):
+    """A ``.npy`` file with bytes, header or values damaged, or another kind of array."""
+    array, file = np.load(io.BytesIO(data)), io.BytesIO()
+    shape = g.choice(((10**12, 8), (10**30, 8), (-1, 8), (300, -8), (2**31, 2**31), (0, 8), (300, 0), (), (2400,), (2, 150, 8), (2400, 1), (1, 2400), (8.0, 3)))
+    header = {"descr": g.choice(("<f4", "<f4", "<f2", ">f4", "|O", "<c8", "<i4", "<f16", "|V4", [("a", "<f4")], "<U9", "x", 7)),
+              "fortran_order": g.choice((False, True, 2)), "shape": g.choice((shape, (300, 8)))}
+    text = repr(header if g.random() < 0.8 else g.choice((header | {"more": 1}, [header], DEEP, "x"))).encode() + b"\n"
+    spots = np.array(g.choices(range(array.size), k=g.choice((1, array.size))))
+    array.flat[spots] = g.choice((np.nan, np.inf, 1e38, 1e-45, 0.0, -1e20))
+    kind = g.choice((lambda a: a, np.asfortranarray, lambda a: a.astype(object), lambda a: np.array([Canary()] * 9), lambda a: a.astype("f8") * 1e300,
+                     lambda a: a.astype("c8"), lambda a: a.view("f4,f4"), lambda a: a > 0, lambda a: a[:0], lambda a: a[:, :1], lambda a: a[:40],
+                     lambda a: a.astype("f2"), lambda a: a[None, None], lambda a: a[0, 0]))(array)
+    np.save(file, kind, allow_pickle=True)
+    version = g.choice((b"\1\0", b"\2\0", b"\3\0", b"\7\0"))
+    size = g.choice((len(text),) * 5 + (0, 60_000)).to_bytes(2 if version == b"\1\0" else 4, "little")
+    return g.choice((lambda: bad_bytes(g, data), lambda: b"\x93NUMPY" + version + size + text + data[128:], file.getvalue))()
+
+
+def bad_tensors(g, data):
+    """A safetensors file with bytes or header damaged, or tensors that are missing, too many, misshapen or of strange values."""
+    size = int.from_bytes(data[:8], "little")
+    if g.random() < 0.3:
+        return bad_bytes(g, data)
+    if g.random() < 0.2:
+        header = bad_json(g, json.loads(data[8:8 + size]))
+        return g.choice((len(header), size, 2**40)).to_bytes(8, "little") + header + data[8 + size:]
+    tensors, origin = safetensors.torch.load(data), json.loads(data[8:8 + size]).get("__metadata__")
+    for name in g.sample(sorted(tensors), g.choice((1, 1, 2, len(tensors)))):
+        t = tensors.pop(name)
+        other = g.choice((t.flatten(), t[None], t.T.contiguous(), t[..., :-1] if t.dim() else t, t.half(), t.double(), t.long(), t.bool(), t.to(torch.complex64),
+                          t.to(torch.float8_e4m3fn), t * 0, t * 0 - 1, t * 0 + 2**40, t.float() * float("nan"), t.float() * 1e38, t.float() + float("inf"), None))
+        tensors.update({} if other is None else {name + g.choice(("", "", "", ".x", "x")): other.clone()})
+    return safetensors.torch.save(tensors, g.choice((origin, origin, {"origin": "[]"}, {"origin": "[" * 10**5}, {"format": "pt"}, None)))
+
+
+def bad_file(name, change, *arguments):
+    """A kind of attack: damage one file, then run the command that reads it."""
+    def attack(g):
+        data = Path(name).read_bytes()
+        Path(name).write_bytes(change(g, json.loads(data) if change is bad_json else data))
+        return [*arguments[:1], *SIZES[arguments[0]].split(), *arguments[1:]]
+    return attack
+
+
+def bad_options(g):
+    """Two options of any command with values at and beyond their bounds."""
+    name = g.choice(sorted(SIZES))
+    options = [p for p in cli.main.commands[name].params if p.name != "help"]
+    return [name, *SIZES[name].split(), *(word for p in g.sample(options, 2) for word in ([p.opts[0]] if p.is_flag else [p.opts[0], g.choice(WORDS)]))]
+
+
+RESUME = ("train", "--resume", "--out", "run", "--steps", "80")
+ATTACKS = {"npy": bad_file("acts.npy", bad_npy, "train"), "weights": bad_file(f"run/{msae.WEIGHTS}", bad_tensors, "train", "--init-from", "run"),
+           "cfg.json": bad_file(f"run/{msae.CONFIG}", bad_json, "train", "--init-from", "run"),
+           "state": bad_file(f"run/{msae.STATE}", bad_tensors, *RESUME), "metrics": bad_file(f"run/{msae.METRICS}", bad_bytes, *RESUME),
+           "toy config": bad_file("toy.json", bad_json, "toy"), "train config": bad_file("train.json", bad_json, "train", "--config", "train.json"),
+           "options": bad_options}
+
+
+@contextlib.contextmanager
+def confined(monkeypatch):
+    """Little memory, 60 steps before Ctrl-C, and an alarm for what hangs."""
+    import resource
+    steps, step, limits = [], msae.Trainer.step, resource.getrlimit(resource.RLIMIT_AS)
+
+    def counted(trainer, x):
+        steps.append(1)
+        if len(steps) > STEPS_AT_MOST:
+            raise KeyboardInterrupt
+        return step(trainer, x)
+
+    def hangs(*_):
+        raise AssertionError("hangs")
+
+    in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    monkeypatch.setattr(msae.Trainer, "step", counted)
+    signal.signal(signal.SIGALRM, hangs)
+    signal.alarm(60)
+    resource.setrlimit(resource.RLIMIT_AS, (in_use + LIMIT, limits[1]))
+    try:
+        yield steps
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+        signal.alarm(0)
+        monkeypatch.setattr(msae.Trainer, "step", step)
+
+
+def whole(folder):
+    """Whether the folder holds nothing of a checkpoint or all of a good one."""
+    names = {path.name for path in folder.rglob("*")} if folder.is_dir() else set()
+    return not any(name.endswith(".tmp") for name in names) and (not names & {msae.WEIGHTS, msae.CONFIG} or bool(msae.MatryoshkaSAE.load(folder)))
+
+
+def attacked(kind, number, monkeypatch):
+    """The exit code of one attack in the present folder, and what went wrong beside a refusal in one line, if anything."""
+    arguments = ATTACKS[kind](random.Random(f"{kind} {number}"))
+    before = {path: path.read_bytes() for path in Path("run").iterdir() if path.name != msae.METRICS}
+    with confined(monkeypatch) as steps:
+        result = CliRunner().invoke(cli.main, arguments)
+    lines, code = result.output.splitlines(), result.exit_code
+    faults = {
+        "no traceback": isinstance(result.exception, (SystemExit, type(None))),
+        "one line": [line for line in lines if line.startswith("Error:")] == lines[-1:] * (code in (1, 2)) and len("".join(lines[-1:])) < 6000,
+        "exit code": code in (0, 1, 2) or code == 130 and len(steps) > STEPS_AT_MOST,
+        "no code run": not Path("canary").exists(),
+        "whole new checkpoints": all(whole(Path(name)) for name in ("new", "new/vanilla")),
+        "old checkpoint untouched": code == 0 or all(path.read_bytes() == data for path, data in before.items()),
+    }
+    broken = [name for name, kept in faults.items() if not kept]
+    return code, broken and f"{kind} {number}: {broken} {result.exception!r:.300} {' '.join(arguments)[:300]} {result.output[-500:]}"
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs limits on memory")
+@pytest.mark.parametrize("kind", ATTACKS)
+def test_bad_input_gets_one_line_and_harms_nothing(kind, tmp_path, monkeypatch):
+    seen, good = [], tmp_path / "good"
+    good.mkdir()
+    monkeypatch.chdir(good)
+    np.save("acts.npy", rows(300, 8))
+    settings = json.loads((HERE / "toy_config.json").read_text())
+    settings["train"].update(steps=4, batch_size=50)
+    Path("toy.json").write_text(json.dumps(settings))
+    Path("train.json").write_text(json.dumps(dataclasses.asdict(msae.TrainConfig(n_latents=16, k=2, k_start=4, k_anneal_steps=3))))
+    with confined(monkeypatch):
+        run("train", *SIZES["train"].split(), "--out", "run", "--steps", 80, "--save-minutes", 0, code=130)
+    for number in range(FUZZ // len(ATTACKS)):
+        shutil.copytree(good, tmp_path / "case")
+        monkeypatch.chdir(tmp_path / "case")
+        seen.append(attacked(kind, number, monkeypatch))
+        monkeypatch.chdir(tmp_path)
+        shutil.rmtree("case")
+    print(kind, dict(collections.Counter(code for code, _ in seen)))
+    assert not any(faults := [fault for _, fault in seen if fault]), "\n\n".join(faults)
