@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import copy
 import dataclasses
 import functools
 import io
@@ -947,7 +948,7 @@ VALUES = (None, True, False, 0, 1, 2, 3, -1, 10**4, 2**31, 2**62, 2**63, -10**40
 WORDS = ("-1", "0", "1", "2", "16", "17", "9999", str(2**31), str(2**62), "9" * 30, "9" * 5000, "1e-320", "0.5", "1e308", "1e999", "nan", "inf",
          "-inf", "", " ", "x", "x\ny", "\0", "0.5,1", "1,2,16", ".1e999,1", "cuda:99", "hpu", "mkldnn", "meta", "float16", "energy", "..", "é" * 300)
 SIZES = {"train": "--acts acts.npy --latents 16 --k 2 --batch-size 32 --steps 8 --device cpu --out new", "toy": "--config toy.json --out toys",
-         "bench": "--latents 16 --d-model 8 --batch-size 8 --k 2 --steps 1 --device cpu"}
+         "config": "--acts acts.npy --config train.json --device cpu --out new", "bench": "--latents 16 --d-model 8 --batch-size 8 --k 2 --steps 1 --device cpu"}
 
 
 class Canary:
@@ -972,7 +973,7 @@ def bad_json(g, content):
             key, parent = g.choice(list(place) if isinstance(place, dict) else range(len(place))), place
             place = place[key]
         if parent:
-            parent[key] = g.choice(VALUES)
+            parent[key] = copy.deepcopy(g.choice(VALUES))
             if g.random() < 0.2:
                 del parent[key]
     text = json.dumps(content).encode()
@@ -1021,22 +1022,22 @@ def bad_file(name, change, *arguments):
     def attack(g):
         data = Path(name).read_bytes()
         Path(name).write_bytes(change(g, json.loads(data) if change is bad_json else data))
-        return [*arguments[:1], *SIZES[arguments[0]].split(), *arguments[1:]]
+        return [arguments[0].replace("config", "train"), *SIZES[arguments[0]].split(), *arguments[1:]]
     return attack
 
 
 def bad_options(g):
     """Two options of any command with values at and beyond their bounds."""
-    name = g.choice(sorted(SIZES))
+    name = g.choice(("train", "toy", "bench"))
     options = [p for p in cli.main.commands[name].params if p.name != "help"]
-    return [name, *SIZES[name].split(), *(word for p in g.sample(options, 2) for word in ([p.opts[0]] if p.is_flag else [p.opts[0], g.choice(WORDS)]))]
+    return [name, *SIZES[name].split(), *(word for p in g.sample(options, g.choice((1, 1, 2))) for word in ([p.opts[0]] if p.is_flag else [p.opts[0], g.choice(WORDS)]))]
 
 
 RESUME = ("train", "--resume", "--out", "run", "--steps", "80")
 ATTACKS = {"npy": bad_file("acts.npy", bad_npy, "train"), "weights": bad_file(f"run/{msae.WEIGHTS}", bad_tensors, "train", "--init-from", "run"),
            "cfg.json": bad_file(f"run/{msae.CONFIG}", bad_json, "train", "--init-from", "run"),
            "state": bad_file(f"run/{msae.STATE}", bad_tensors, *RESUME), "metrics": bad_file(f"run/{msae.METRICS}", bad_bytes, *RESUME),
-           "toy config": bad_file("toy.json", bad_json, "toy"), "train config": bad_file("train.json", bad_json, "train", "--config", "train.json"),
+           "toy config": bad_file("toy.json", bad_json, "toy"), "train config": bad_file("train.json", bad_json, "config"),
            "options": bad_options}
 
 
@@ -1103,7 +1104,7 @@ def test_bad_input_gets_one_line_and_harms_nothing(kind, tmp_path, monkeypatch):
     settings = json.loads((HERE / "toy_config.json").read_text())
     settings["train"].update(steps=4, batch_size=50)
     Path("toy.json").write_text(json.dumps(settings))
-    Path("train.json").write_text(json.dumps(dataclasses.asdict(msae.TrainConfig(n_latents=16, k=2, k_start=4, k_anneal_steps=3))))
+    Path("train.json").write_text(json.dumps(dataclasses.asdict(msae.TrainConfig(n_latents=16, k=2, k_start=4, k_anneal_steps=3, batch_size=32, steps=8))))
     with confined(monkeypatch):
         run("train", *SIZES["train"].split(), "--out", "run", "--steps", 80, "--save-minutes", 0, code=130)
     for number in range(FUZZ // len(ATTACKS)):
