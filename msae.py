@@ -472,8 +472,8 @@ def aux_loss(sae, x, residual, dead):
 class Trainer:
     """One SAE in training: ``step(x)`` is one optimizer step on raw rows ``x`` (B, D); ``export()`` is the SAE to keep.
 
-    ``trainer.sae`` lives in units where rows have mean squared norm 1: it sees ``x / scale``. ``b_dec`` starts at
-    ``mean / scale``, since a large common mean would silence latents at the start.
+    ``trainer.sae`` sees ``x / scale``; ``train`` gives the root mean squared distance of the rows from their mean. ``b_dec``
+    starts at ``mean / scale``. So a common mean, however large, neither silences latents nor shrinks what is to be learned.
     """
 
     def __init__(self, cfg, d_model, device="cpu", mean=None, scale=1.0):
@@ -724,8 +724,8 @@ def train(acts, cfg, *, device="cpu", out=None, resume=False, init_from=None, sa
 
     def checkpoint():
         sae = trainer.export()
-        finite = all(bool(tensor.isfinite().all()) for tensor in sae.state_dict().values())
-        _require(finite, f"training diverged by step {trainer.steps_done}, try a lower lr: weights", "NaN or infinity")
+        sound = sae.W_dec.any(dim=1).all() and all(tensor.isfinite().all() for tensor in sae.state_dict().values())
+        _require(sound, f"training diverged by step {trainer.steps_done}, try a lower lr: weights", "NaN, infinity or decoder rows of 0")
         if trainer.steps_done:
             calibrate(sae, aside, cfg.k)
         if folder:
@@ -777,9 +777,11 @@ def _begin(acts, cfg, device, world):
     _require(least >= 1, f"k must give each of {world} processes at least one active entry in its share of a batch", cfg.k)
     data, aside = (acts if hasattr(acts, "batches") else Rows(acts)).split_off(0.05, cfg.seed)
     sample = data.sample(ASIDE, cfg.seed)
-    scale = float(torch.linalg.vector_norm(sample, dtype=torch.float64)) / len(sample) ** 0.5
-    _require(scale > 0, "the rows must not all be zero: root mean squared norm", scale)
-    trainer = Trainer(cfg, data.d_model, device, sample.mean(dim=0, dtype=torch.float64), scale)
+    mean = sample.mean(dim=0, dtype=torch.float64)
+    scale = float((sample - mean).norm()) / len(sample) ** 0.5
+    _require(max(1e-18, 1e-6 * float(mean.norm())) < scale < 1e18, "the rows must not be all zero, equal to a millionth, or beyond 1e18; "
+             "their root mean squared distance from their mean", scale)
+    trainer = Trainer(cfg, data.d_model, device, mean, scale)
     origin = {**dataclasses.asdict(cfg), "rows": len(data) if isinstance(data, Rows) else None, "width": data.d_model,
               "checksum of a sample of the rows": hashlib.sha256(sample.numpy()).hexdigest()[:16], "processes": world}
     return trainer, data, aside.sample(ASIDE, cfg.seed), origin

@@ -937,6 +937,58 @@ def test_readme_snippet_runs(tmp_path):
         assert done.returncode == 0, done.stderr
 
 
+# ------------------------------------------------------------------------------------------------- numbers under stress
+
+STRESS = {  # what is done to the rows (n, 16), and settings
+    "tiny": (lambda x: x * 1e-4, {}), "huge": (lambda x: x * 1e4, {}), "near the bounds": (lambda x: x * 1e15, {}),
+    "one dimension 1000 times the others": (lambda x: x * np.where(np.arange(16) == 3, 1000, 1), {}),
+    "mean 400 times the spread": (lambda x: x + 1000, {}), "duplicates": (lambda x: x[np.arange(len(x)) % 50], {}),
+    "a third zero rows": (lambda x: x * (np.arange(len(x)) % 3 > 0)[:, None], {}), "constant dimensions": (lambda x: x * (np.arange(16) < 3) + 2, {}),
+    "k of 0.5": (lambda x: x, dict(k=0.5)), "k = F": (lambda x: x, dict(k=32)), "F < D": (lambda x: x, dict(n_latents=6, prefixes=None, k=2.5)),
+    "batches of 1": (lambda x: x, dict(batch_size=1)), "one latent": (lambda x: x, dict(n_latents=1, prefixes=(1,), k=0.5)),
+    "5,000 latents on 4 dimensions": (lambda x: x[:, :4], dict(n_latents=5000, prefixes=None, steps=50)),
+}
+
+
+@pytest.mark.parametrize("change, settings", STRESS.values(), ids=STRESS.keys())
+def test_strange_rows_and_sizes_keep_finite_weights_and_l0(change, settings):
+    data = change(rows(60_000)).astype(np.float32)
+    sae = msae.train(data[:40_000], config(**{"steps": 200, **settings}))
+    figures, k = msae.evaluate(sae, data[40_000:]), settings.get("k", 4.5)
+    assert all(tensor.isfinite().all() for tensor in sae.state_dict().values()) and np.isfinite(figures["fvu"])
+    assert (sae.W_dec.norm(dim=1) - 1).abs().max() < 1e-5
+    noise = (sae.encode(torch.from_numpy(data[40_000:44_000])) > 0).sum(dim=1).float().std() / 2000**0.5  # of 2,000 calibration rows
+    assert abs(figures["l0"] - k) < max(0.05 * k, 4 * noise) or figures["l0"] < k and sae.threshold == 0  # all positive entries are kept
+
+
+@pytest.mark.parametrize("change", [lambda x: x * 1e-20, lambda x: x * 1e20, lambda x: x * 0 + 5, lambda x: x + 1e8], ids=["tiny", "huge", "equal", "mean"])
+def test_rows_beyond_float32_are_refused(change):
+    with pytest.raises(ValueError, match="their root mean squared distance from their mean, got"):
+        msae.train(change(rows(1000)).astype(np.float32), config())
+
+
+@pytest.mark.parametrize("steps", [1, 20])
+def test_a_diverged_run_is_refused_and_not_saved(tmp_path, steps):
+    with pytest.raises(ValueError, match="diverged by step .*, try a lower lr"):
+        msae.train(rows(1000), config(lr=9e18, warmup_steps=0, steps=steps), out=tmp_path / "run")
+    assert torch.equal(msae.MatryoshkaSAE.load(tmp_path / "run").W_dec, msae.Trainer(config(), 16).export().W_dec)
+
+
+def test_no_drift_over_many_steps_and_both_paths_end_alike():
+    data, cfg = rows(24_000), config(steps=800, lr=0.01, n_latents_start=40, dead_after=3200)
+    trainers = [msae.Trainer(cfg, 16, mean=torch.from_numpy(data.mean(axis=0)), scale=12.0) for _ in range(2)]
+    trainers[0].sparse, trainers[1].sparse = True, False
+    for x in msae.itertools.islice(msae.Rows(data[:20_000]).batches(64, 0), cfg.steps):
+        for trainer in trainers:
+            trainer.step(x)
+    ends = [trainer.export() for trainer in trainers]
+    assert all((sae.W_dec.norm(dim=1) - 1).abs().max() < 1e-5 for sae in ends)
+    for sae in ends:
+        msae.calibrate(sae, torch.from_numpy(data[:20_000]), cfg.k)
+    sparse, dense = (msae.evaluate(sae, data[20_000:]) for sae in ends)
+    assert sparse["fvu"] == pytest.approx(dense["fvu"], rel=0.03) and sparse["l0"] == pytest.approx(dense["l0"], rel=0.03)
+
+
 # ---------------------------------------------------------------------------------------------------------------- enemy
 
 FUZZ = int(os.environ.get("MSAE_FUZZ", 168))  # bad inputs, over all kinds; MSAE_FUZZ=2100 takes minutes
@@ -1011,7 +1063,7 @@ def bad_tensors(g, data):
     tensors, origin = safetensors.torch.load(data), json.loads(data[8:8 + size]).get("__metadata__")
     for name in g.sample(sorted(tensors), g.choice((1, 1, 2, len(tensors)))):
         t = tensors.pop(name)
-        other = g.choice((t.flatten(), t[None], t.T.contiguous(), t[..., :-1] if t.dim() else t, t.half(), t.double(), t.long(), t.bool(), t.to(torch.complex64),
+        other = g.choice((t.flatten(), t[None], t.mT.contiguous() if t.dim() > 1 else t[:0], t[..., :-1] if t.dim() else t, t.half(), t.double(), t.long(), t.bool(), t.to(torch.complex64),
                           t.to(torch.float8_e4m3fn), t * 0, t * 0 - 1, t * 0 + 2**40, t.float() * float("nan"), t.float() * 1e38, t.float() + float("inf"), None))
         tensors.update({} if other is None else {name + g.choice(("", "", "", ".x", "x")): other.clone()})
     return safetensors.torch.save(tensors, g.choice((origin, origin, {"origin": "[]"}, {"origin": "[" * 10**5}, {"format": "pt"}, None)))
