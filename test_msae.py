@@ -1063,7 +1063,7 @@ def bad_tensors(g, data):
     tensors, origin = safetensors.torch.load(data), json.loads(data[8:8 + size]).get("__metadata__")
     for name in g.sample(sorted(tensors), g.choice((1, 1, 2, len(tensors)))):
         t = tensors.pop(name)
-        other = g.choice((t.flatten(), t[None], t.mT.contiguous() if t.dim() > 1 else t[:0], t[..., :-1] if t.dim() else t, t.half(), t.double(), t.long(), t.bool(), t.to(torch.complex64),
+        other = g.choice((t.flatten(), t[None], t.mT.contiguous() if t.dim() > 1 else t[None], t[..., :-1] if t.dim() else t, t.half(), t.double(), t.long(), t.bool(), t.to(torch.complex64),
                           t.to(torch.float8_e4m3fn), t * 0, t * 0 - 1, t * 0 + 2**40, t.float() * float("nan"), t.float() * 1e38, t.float() + float("inf"), None))
         tensors.update({} if other is None else {name + g.choice(("", "", "", ".x", "x")): other.clone()})
     return safetensors.torch.save(tensors, g.choice((origin, origin, {"origin": "[]"}, {"origin": "[" * 10**5}, {"format": "pt"}, None)))
