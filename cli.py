@@ -1,6 +1,7 @@
 """Command line over msae: parse, one library call, show."""
 
 import contextlib
+import dataclasses
 import datetime
 import functools
 import json
@@ -45,10 +46,10 @@ class Commands(click.Group):
             raise click.ClickException(f"{error.filename}: {error.strerror}" if error.filename else str(error)) from None
         except ValueError as error:
             raise click.ClickException(str(error)) from None
-        except RuntimeError as error:
-            if "allocate" not in str(error) and "out of memory" not in str(error):
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not any(word in str(error) for word in ("allocate", "out of memory", "size calculation overflowed")):
                 raise
-            raise click.ClickException(f"not enough memory, try fewer latents or a smaller batch: {str(error).splitlines()[0][:200]}") from None
+            raise click.ClickException(f"not enough memory, try fewer latents or a smaller batch: {' '.join(str(error).split()):.200}") from None
         except KeyboardInterrupt:
             click.echo("interrupted", err=True)
             raise SystemExit(130) from None
@@ -213,7 +214,7 @@ def numbers(ctx, param, value):
 @click.option("--k", type=float, help="Active latents per row, on average.  [default: 30]")
 @click.option("--prefixes", callback=numbers, help="Lengths as 192,384,...,F or fractions.  [default: F/16, F/8, F/4, F/2, F]")
 @click.option("--pareto", "n_prefixes", type=int, help="Instead, sample this many prefixes at every step.")
-@click.option("--spare", type=click.FloatRange(min=0),
+@click.option("--spare", type=click.FloatRange(0, 1000),
               help="Start with this share of F more latents and prune the least energetic: lowers FVU by about 1 %.  [default: 0.25]")
 @click.option("--baseline", is_flag=True, help="Then train the vanilla twin on the same batches and show both.")
 @click.option("--steps", type=int, help="Optimizer steps.  [default: 10000]")
@@ -226,7 +227,7 @@ def numbers(ctx, param, value):
 @click.option("--out", type=click.Path(file_okay=False), help="A new folder.  [default: a new one under runs/]")
 @click.option("--resume", is_flag=True, help="Go on with the run in --out (or the newest default folder) where its checkpoint is.")
 @click.option("--init-from", type=click.Path(exists=True, file_okay=False), help="Start a new run from the weights of this checkpoint.")
-@click.option("--save-minutes", type=click.FloatRange(min=0), default=10, help="Minutes between checkpoints.")
+@click.option("--save-minutes", type=float, default=10, help="Minutes between checkpoints.")
 @click.option("--config", type=click.Path(exists=True, dir_okay=False), help="JSON with any TrainConfig fields; options override it.")
 def train(acts, device, out, config, spare, baseline, resume, init_from, save_minutes, **options):
     """Train on activations and save a checkpoint that SAELens opens too.
@@ -246,10 +247,10 @@ def train(acts, device, out, config, spare, baseline, resume, init_from, save_mi
     for given, other in (("n_prefixes", "prefixes"), ("prefixes", "n_prefixes")):
         if options[given] is not None and options[other] is None:
             settings.pop(other, None)
-    if isinstance(settings.get("n_latents"), int) and (spare is not None or "n_latents_start" not in settings):
-        share = spare if spare is not None else 0.0 if init_from else 0.25
-        settings["n_latents_start"] = settings["n_latents"] + round(share * settings["n_latents"])
-    cfg = msae.TrainConfig.from_dict(settings)
+    if spare is None and "n_latents_start" not in settings:
+        spare = 0.0 if init_from else 0.25
+    cfg = msae.TrainConfig.from_dict(settings if spare is None else {**settings, "n_latents_start": None})
+    cfg = cfg if spare is None else dataclasses.replace(cfg, n_latents_start=cfg.n_latents + round(spare * cfg.n_latents))
     beside = Path(f"{Path(acts)}.json")
     origin = msae.read_json(beside) if beside.is_file() else {}
     with processes(device) as (device, first):
@@ -487,9 +488,9 @@ def label_table(name, found):
 
 
 @main.command()
-@click.option("--latents", type=click.IntRange(min=1), default=3072)
-@click.option("--d-model", type=click.IntRange(min=1), default=768)
-@click.option("--batch-size", type=click.IntRange(min=1), default=2048)
+@click.option("--latents", type=click.IntRange(1, 2**31), default=3072)
+@click.option("--d-model", type=click.IntRange(1, 2**31), default=768)
+@click.option("--batch-size", type=click.IntRange(1, 2**31), default=2048)
 @click.option("--k", type=float, default=30)
 @click.option("--steps", type=click.IntRange(min=1), default=20, help="Steps to time, after three to warm up.")
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default="cuda if there is one, else cpu")
@@ -692,7 +693,7 @@ class progress:
 
         def show(done, rate, seconds, before, after=""):
             nonlocal shown
-            line = f"{before}  {f'{rate:,.0f} rows/s  ' if self.wide else ''}{datetime.timedelta(seconds=round(seconds))} left{after}"
+            line = f"{before}  {f'{rate:,.0f} rows/s  ' if self.wide else ''}{datetime.timedelta(seconds=min(10**12, round(seconds)))} left{after}"
             self.bar.update(task, completed=done, figures=line)
             if not console.is_terminal and (done == total or time.monotonic() - shown > 10):
                 shown = time.monotonic()
