@@ -36,6 +36,9 @@ PUBLISHED = {"matryoshka": {"fvu": 0.021, "l0": 1.13, "clean": 20, "features": 2
 COLOURS = ((13, 8, 42), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164))  # dark 0 to bright 1
 
 
+device_option = click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default="cuda if there is one, else cpu")
+
+
 class Commands(click.Group):
     """A group that turns what the library refuses into one line and an exit code, never a traceback."""
 
@@ -91,18 +94,12 @@ def toy(config, seed, seeds, out):
         if number == seed:
             maps = heat_maps(tree, saes)
     report = results[0] if seeds == 1 else {"seeds": results}
-    write(folder / "toy.json", report)
-    write(folder / "toy.svg", svg(maps))
+    msae.write(folder / "toy.json", report)
+    msae.write(folder / "toy.svg", svg(maps))
     console.print(toy_table(results))
     console.print(absorption_table(results[0]))
     console.print(terminal_maps(maps))
     console.print(f"{sum(r['seconds'] for r in results):.0f} s; wrote {folder / 'toy.json'} and {folder / 'toy.svg'}", highlight=False)
-
-
-def write(path, content):
-    """Write text, or anything else as JSON; a reader sees the old file or the new one."""
-    with msae.atomic(path) as temporary:
-        temporary.write_text(content if isinstance(content, str) else json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def new_table(*columns, **options):
@@ -221,7 +218,7 @@ def numbers(ctx, param, value):
 @click.option("--batch-size", type=int, help="Rows per step, of all processes together.  [default: 2048]")
 @click.option("--lr", type=float, help="Peak learning rate of Adam.  [default: 0.24 / sqrt(F), at most 0.01]")
 @click.option("--seed", type=int, help="Of weights, row order and held-out rows.  [default: 0]")
-@click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default="cuda if there is one, else cpu")
+@device_option
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]),
               help="Of the products; weights stay float32.  [default: bfloat16 on cuda, else float32]")
 @click.option("--out", type=click.Path(file_okay=False), help="A new folder.  [default: a new one under runs/]")
@@ -264,7 +261,7 @@ def train(acts, device, out, config, spare, baseline, resume, init_from, save_mi
                                  metadata={name: origin[name] for name in ORIGIN if name in origin},
                                  init_from=init_from if name == "matryoshka" and not again else None, on_log=bar.reporter(name if baseline else "train", own) if first else None)
             if first:
-                write(where / EVAL, figures.setdefault(name, msae.evaluate(sae, held_out)))
+                msae.write(where / EVAL, figures.setdefault(name, msae.evaluate(sae, held_out)))
     if first:
         console.print(figures_table(figures))
         console.print("dead: latents that never fire on these rows; cosine: mean over latents of the largest with another decoder row\n"
@@ -331,7 +328,7 @@ def tiny_model_options(command):
     for option in (
         click.option("--model", "model_path", default="tiny_model.pt", help="State dict of a TinyModel: a file, or a published name: " + ", ".join(msae.SHA256)),
         click.option("--layer", type=click.IntRange(min=0), default=3, help="The residual stream that enters this block; 4: after the last."),
-        click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default="cuda if there is one, else cpu"),
+        device_option,
     ):
         command = option(command)
     return command
@@ -388,7 +385,7 @@ def harvest(model_path, layer, device, tokens, max_rows, dtype, out):
     about = {"model_name": Path(model_path).name, "hook_name": f"torso.{layer}.input" if layer < len(model.torso) else "lm_head.input", "dataset": tokens}
     if model_path in msae.SHA256:
         about["base_model"] = msae.TINY_MODEL[0]
-    write(f"{out}.json", about)
+    msae.write(f"{out}.json", about)
     console.print(f"{n:,} rows of width {model.embed.weight.shape[1]} in {out}; next:  python cli.py train --acts {out} --latents 3072", highlight=False)
 
 
@@ -424,9 +421,9 @@ def evaluate(checkpoints, acts, labels, tokens, max_tokens, model_path, layer, d
             chosen = np.sort(np.random.default_rng(0).permutation(len(rows))[:20_000])
             found["labels"] = msae.probe(sae.cpu(), torch.from_numpy(rows.take(chosen)), y[chosen])
         if not out and Path(path).is_dir():
-            write(Path(path) / EVAL, found)
+            msae.write(Path(path) / EVAL, found)
     if out:
-        write(out, results[checkpoints[0]] if len(results) == 1 else list(results.values()))
+        msae.write(out, results[checkpoints[0]] if len(results) == 1 else list(results.values()))
     names = short_names(checkpoints)
     console.print(figures_table({names[path]: found for path, found in results.items()}, "rows"))
     console.print(frequency_bars({names[path]: found for path, found in results.items()}))
@@ -493,7 +490,7 @@ def label_table(name, found):
 @click.option("--batch-size", type=click.IntRange(1, 2**31), default=2048)
 @click.option("--k", type=float, default=30)
 @click.option("--steps", type=click.IntRange(min=1), default=20, help="Steps to time, after three to warm up.")
-@click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default="cuda if there is one, else cpu")
+@device_option
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="[default: bfloat16 on cuda, else float32]")
 def bench(latents, d_model, batch_size, k, steps, device, dtype):
     """This machine's training step, beside the encoder product alone, which no SAE can do without.

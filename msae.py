@@ -331,10 +331,8 @@ class MatryoshkaSAE(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         cfg = {"architecture": "jumprelu", "d_in": len(self.b_dec), "d_sae": len(self.b_enc), "dtype": "float32", "device": "cpu",
                **SAELENS, "metadata": {"sae_lens_version": "6.0.0", "prefixes": list(self.prefixes), **self.metadata}}
-        with atomic(folder / WEIGHTS) as path:
-            path.write_bytes(save({**self._tensors(), "threshold": self.threshold.float().cpu().repeat(len(self.b_enc))}))
-        with atomic(folder / CONFIG) as path:
-            path.write_text(json.dumps(cfg, indent=2))
+        write(folder / WEIGHTS, save({**self._tensors(), "threshold": self.threshold.float().cpu().repeat(len(self.b_enc))}))
+        write(folder / CONFIG, cfg)
 
     def to_dictionary_learning(self, folder):
         """Write ``ae.pt`` and ``config.json``, as dictionary_learning 0.1 (``load_dictionary``) and ``load`` read them; k is rounded."""
@@ -345,8 +343,7 @@ class MatryoshkaSAE(nn.Module):
                    "group_sizes": sizes, "lm_name": self.metadata.get("model_name"), "submodule_name": self.metadata.get("hook_name")}
         with atomic(folder / AE) as path:
             torch.save({**self._tensors(), **more}, path)
-        with atomic(folder / "config.json") as path:
-            path.write_text(json.dumps({"trainer": trainer}, indent=2))
+        write(folder / "config.json", {"trainer": trainer})
 
     def _tensors(self):
         return {name: p.detach().float().cpu().contiguous() for name, p in self.named_parameters()}
@@ -1651,8 +1648,7 @@ def kind(tensor):
 
 def save_state(folder, state, origin):
     """Write what ``Trainer.load_state_dict`` needs, with ``origin``: the settings and rows that a resumed run must share."""
-    with atomic(Path(folder) / STATE) as path:
-        path.write_bytes(save(state, {"origin": json.dumps(origin)}))
+    write(Path(folder) / STATE, save(state, {"origin": json.dumps(origin)}))
 
 
 def load_state(folder, origin):
@@ -1683,8 +1679,7 @@ def metrics_file(folder, steps_done):
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= steps_done]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged, move it away to go on: {error}") from None
-    with atomic(path) as temporary:
-        temporary.write_text("".join(kept))
+    write(path, "".join(kept))
     with open(path, "a") as file:
         yield file
 
@@ -1696,14 +1691,14 @@ def read_checkpoint(folder):
         why = f"it has no {CONFIG}" if folder.is_dir() else "there is no such folder, and a Hub repository is named user/name"
         raise FileNotFoundError(f"{folder} is not a checkpoint: {why}")
     path, cfg = (folder / AE, {"architecture": DICT_CLASS, **SAELENS}) if peer else (folder / WEIGHTS, read_json(folder / CONFIG))
-    kind = cfg.get("architecture")
-    _require(kind in (*FORMATS,), f"{folder / CONFIG} must have one of the architectures {', '.join(FORMATS)}", repr(kind))
+    architecture = cfg.get("architecture")
+    _require(architecture in (*FORMATS,), f"{folder / CONFIG} must have one of the architectures {', '.join(FORMATS)}", repr(architecture))
     for key, needed in SAELENS.items():
         _require(cfg.get(key) == needed, f"{folder / CONFIG} must have {key} = {needed!r}", repr(cfg.get(key)))
     try:
         found = torch.load(path, "cpu", weights_only=True) if peer else load_file(path)
-        _require(set(found) == set(FORMATS[kind]), f"{path} must hold the tensors {', '.join(FORMATS[kind])}", ", ".join(found))
-        tensors = {ours: found[theirs].float() for ours, theirs in zip(OURS, FORMATS[kind])}
+        _require(set(found) == set(FORMATS[architecture]), f"{path} must hold the tensors {', '.join(FORMATS[architecture])}", ", ".join(found))
+        tensors = {ours: found[theirs].float() for ours, theirs in zip(OURS, FORMATS[architecture])}
         if tensors["threshold"].ndim == 0:
             tensors["threshold"] = tensors["threshold"].repeat(len(tensors["b_enc"]))
         if peer:
@@ -1790,6 +1785,14 @@ def atomic(path):
         raise OSError(f"{path} could not be written, the file there before is untouched: {error}") from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write(path, content):
+    """Write bytes or text, and anything else as JSON; a reader sees the old file or the new one."""
+    if not isinstance(content, (bytes, str)):
+        content = json.dumps(content, indent=2) + "\n"
+    with atomic(path) as temporary:
+        temporary.write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
 def read_json(path):
