@@ -7,6 +7,7 @@ if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds
     before = signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"interrupted\n"), os._exit(130)))
 
 import contextlib
+import dataclasses
 import datetime
 import functools
 import json
@@ -39,6 +40,10 @@ PUBLISHED = {"matryoshka": {"fvu": 0.021, "l0": 1.13, "clean": 20, "features": 2
 COLOURS = ((13, 8, 42), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164))  # dark 0 to bright 1
 
 
+device_option = click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...",
+                             show_default="cuda if there is one, else cpu")
+
+
 class Commands(click.Group):
     """A group that turns what the library refuses into one line and an exit code, never a traceback."""
 
@@ -49,10 +54,10 @@ class Commands(click.Group):
             raise click.ClickException(f"{error.filename}: {error.strerror}" if error.filename else str(error)) from None
         except ValueError as error:
             raise click.ClickException(str(error)) from None
-        except RuntimeError as error:
-            if "allocate" not in str(error) and "out of memory" not in str(error):
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not any(word in str(error) for word in ("allocate", "out of memory", "size calculation overflowed")):
                 raise
-            raise click.ClickException(f"not enough memory, try fewer latents or a smaller batch: {str(error).splitlines()[0][:200]}") from None
+            raise click.ClickException(f"not enough memory, try fewer latents or a smaller batch: {' '.join(str(error).split()):.200}") from None
         except KeyboardInterrupt:
             click.echo("interrupted", err=True)
             raise SystemExit(130) from None
@@ -104,15 +109,9 @@ def toy(config, seed, seeds, out):
     console.print(absorption_table(results[0]))
     console.print(terminal_maps(maps))
     report = results[0] if seeds == 1 else {"seeds": results}
-    write(folder / "toy.json", report)
-    write(folder / "toy.svg", svg(maps))
+    msae.write(folder / "toy.json", report)
+    msae.write(folder / "toy.svg", svg(maps))
     click.echo(f"{sum(r['seconds'] for r in results):.0f} s; wrote {folder / 'toy.json'} and {folder / 'toy.svg'}")
-
-
-def write(path, content):
-    """Write text, or anything else as JSON; a reader sees the old file or the new one."""
-    with msae.atomic(path) as temporary:
-        temporary.write_text(content if isinstance(content, str) else json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def new_table(*columns, **options):
@@ -224,20 +223,20 @@ def numbers(ctx, param, value):
 @click.option("--k", type=float, help="Active latents per row, on average.  [default: 30]")
 @click.option("--prefixes", callback=numbers, help="Lengths as 192,384,...,F or fractions.  [default: F/16, F/8, F/4, F/2, F]")
 @click.option("--pareto", "n_prefixes", type=int, help="Instead, sample this many prefixes at every step.")
-@click.option("--spare", type=click.FloatRange(min=0),
+@click.option("--spare", type=click.FloatRange(0, 1000),
               help="Start with this share of F more latents and prune the least energetic: lowers FVU by about 1 %.  [default: 0.25]")
 @click.option("--baseline", is_flag=True, help="Then train the vanilla twin on the same batches and show both.")
 @click.option("--steps", type=int, help="Optimizer steps.  [default: 10000]")
 @click.option("--batch-size", type=int, help="Rows per step, of all processes together.  [default: 2048]")
 @click.option("--lr", type=float, help="Peak learning rate of Adam.  [default: 0.24 / sqrt(F), at most 0.01]")
 @click.option("--seed", type=int, help="Of weights, row order and held-out rows.  [default: 0]")
-@click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...", show_default="cuda if there is one, else cpu")
+@device_option
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]),
               help="Of the products; weights stay float32.  [default: bfloat16 on cuda, else float32]")
 @click.option("--out", type=click.Path(file_okay=False), help="A new folder.  [default: a new one under runs/]")
 @click.option("--resume", is_flag=True, help="Go on with the run in --out (or the newest default folder) where its checkpoint is.")
 @click.option("--init-from", type=click.Path(exists=True, file_okay=False), help="Start a new run from the weights of this checkpoint.")
-@click.option("--save-minutes", type=click.FloatRange(min=0), default=10, help="Minutes between checkpoints.")
+@click.option("--save-minutes", type=float, default=10, help="Minutes between checkpoints.")
 @click.option("--config", type=click.Path(exists=True, dir_okay=False), help="JSON with any TrainConfig fields; options override it.")
 def train(acts, device, out, config, spare, baseline, resume, init_from, save_minutes, **options):
     """Train on activations and save a checkpoint that SAELens opens too.
@@ -257,10 +256,10 @@ def train(acts, device, out, config, spare, baseline, resume, init_from, save_mi
     for given, other in (("n_prefixes", "prefixes"), ("prefixes", "n_prefixes")):
         if options[given] is not None and options[other] is None:
             settings.pop(other, None)
-    if isinstance(settings.get("n_latents"), int) and (spare is not None or "n_latents_start" not in settings):
-        share = spare if spare is not None else 0.0 if init_from else 0.25
-        settings["n_latents_start"] = settings["n_latents"] + round(share * settings["n_latents"])
-    cfg = msae.TrainConfig.from_dict(settings)
+    if spare is None and "n_latents_start" not in settings:
+        spare = 0.0 if init_from else 0.25
+    cfg = msae.TrainConfig.from_dict(settings if spare is None else {**settings, "n_latents_start": None})
+    cfg = cfg if spare is None else dataclasses.replace(cfg, n_latents_start=cfg.n_latents + round(spare * cfg.n_latents))
     beside = Path(f"{Path(acts)}.json")
     origin = msae.read_json(beside) if beside.is_file() else {}
     with processes(device) as (device, first):
@@ -274,7 +273,7 @@ def train(acts, device, out, config, spare, baseline, resume, init_from, save_mi
                                  metadata={name: origin[name] for name in ORIGIN if name in origin},
                                  init_from=init_from if name == "matryoshka" and not again else None, on_log=bar.reporter(name if baseline else "train", own) if first else None)
             if first:
-                write(where / EVAL, figures.setdefault(name, msae.evaluate(sae, held_out)))
+                msae.write(where / EVAL, figures.setdefault(name, msae.evaluate(sae, held_out)))
     if first:
         console.print(figures_table(figures))
         click.echo("dead: latents that never fire on these rows; cosine: mean over latents of the largest with another decoder row\n"
@@ -341,7 +340,7 @@ def tiny_model_options(command):
     for option in (
         click.option("--model", "model_path", default="tiny_model.pt", help="State dict of a TinyModel: a file, or a published name: " + ", ".join(msae.SHA256)),
         click.option("--layer", type=click.IntRange(min=0), default=3, help="The residual stream that enters this block; 4: after the last."),
-        click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...", show_default="cuda if there is one, else cpu"),
+        device_option,
     ):
         command = option(command)
     return command
@@ -400,7 +399,7 @@ def harvest(model_path, layer, device, tokens, max_rows, dtype, out):
     about = {"model_name": Path(model_path).name, "hook_name": f"torso.{layer}.input" if layer < len(model.torso) else "lm_head.input", "dataset": tokens}
     if model_path in msae.SHA256:
         about["base_model"] = msae.TINY_MODEL[0]
-    write(f"{out}.json", about)
+    msae.write(f"{out}.json", about)
     click.echo(f"{n:,} rows of width {model.embed.weight.shape[1]} in {out}; next:  python cli.py train --acts {shlex.quote(str(out))} --latents 3072")
 
 
@@ -448,7 +447,7 @@ def evaluate(checkpoints, acts, labels, tokens, max_tokens, model_path, layer, d
             console.print(label_table(names[path], found["labels"]))
     contents = [found for path, found in results.items() if out or Path(path).is_dir()]
     for file, content in zip(files, [contents] if out and len(contents) > 1 else contents):
-        write(file, content)
+        msae.write(file, content)
     click.echo(f"wrote {', '.join(map(str, files)) or 'nothing: no folder, no --out'}")
 
 
@@ -502,12 +501,12 @@ def label_table(name, found):
 
 
 @main.command()
-@click.option("--latents", type=click.IntRange(min=1), default=3072, help="Number of latents F.")
-@click.option("--d-model", type=click.IntRange(min=1), default=768, help="Width D of the rows.")
-@click.option("--batch-size", type=click.IntRange(min=1), default=2048, help="Rows per step.")
+@click.option("--latents", type=click.IntRange(1, 2**31), default=3072, help="Number of latents F.")
+@click.option("--d-model", type=click.IntRange(1, 2**31), default=768, help="Width D of the rows.")
+@click.option("--batch-size", type=click.IntRange(1, 2**31), default=2048, help="Rows per step.")
 @click.option("--k", type=float, default=30, help="Active latents per row.")
 @click.option("--steps", type=click.IntRange(min=1), default=20, help="Steps to time, after three to warm up.")
-@click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...", show_default="cuda if there is one, else cpu")
+@device_option
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Of the products.  [default: bfloat16 on cuda, else float32]")
 def bench(latents, d_model, batch_size, k, steps, device, dtype):
     """This machine's training step, beside the encoder product alone, which no SAE can do without.
@@ -707,7 +706,7 @@ class progress:
 
         def show(done, rate, seconds, before, after=""):
             nonlocal shown
-            line = f"{before}  {f'{rate:,.0f} rows/s  ' if self.wide else ''}{datetime.timedelta(seconds=round(seconds))} left{after}"
+            line = f"{before}  {f'{rate:,.0f} rows/s  ' if self.wide else ''}{datetime.timedelta(seconds=min(10**12, round(seconds)))} left{after}"
             self.bar.update(task, completed=done, figures=line)
             if not console.is_terminal and (done == total or time.monotonic() - shown > 10):
                 shown = time.monotonic()

@@ -105,7 +105,7 @@ class TrainConfig:
             ("dead_after", self.dead_after >= 1, "be at least 1"),
             ("clip", self.clip > 0, "be positive"),
             ("dtype", self.dtype in (None, "float32", "bfloat16", "float16"), "be float32, bfloat16 or float16"),
-            ("seed", 0 <= self.seed < 2**63, "lie in [0, 2^63)"),
+            ("seed", self.seed >= 0, "not be negative"),
         ):
             _require(ok, f"{name} must {rule}", getattr(self, name))
         n, w = self.n_prefixes or len(self.levels()), self.level_weights
@@ -161,16 +161,16 @@ def default_lr(n_latents):
 
 def _require(ok, rule, value):
     if not ok:
-        raise ValueError(f"{rule}, got {value}")
+        raise ValueError(f"{rule}, got {value!s:.300}")
 
 
 def _check_type(field, value):
     kinds = typing.get_args(field.type) or (field.type,)
-    numbers = value if isinstance(value, tuple) else (value,) if float in kinds and value is not None else ()
-    ok = isinstance(value, (int, *kinds) if float in kinds else kinds) and not isinstance(value, bool)
-    ok = ok and all(isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) for v in numbers)
-    names = {int: "a whole number", float: "a finite number", str: "a string", tuple: "a list of numbers", type(None): "null"}
-    _require(ok, f"{field.name} must be {' or '.join(names[kind] for kind in kinds)}", repr(value))
+    numbers = value if isinstance(value, tuple) else () if isinstance(value, (str, type(None))) else (value,)
+    ok = isinstance(value, (int, *kinds) if float in kinds else kinds)
+    ok = ok and all(isinstance(v, (int, float)) and not isinstance(v, bool) and abs(v) < 2**63 for v in numbers)
+    names = {int: "a whole number", float: "a number", str: "a string", tuple: "a list of numbers", type(None): "null"}
+    _require(ok, f"{field.name} must be {' or '.join(names[kind] for kind in kinds)}, numbers below 2^63", repr(value))
 
 
 # ---------------------------------------------------------------------------------------------------------- 2. prefixes
@@ -331,10 +331,8 @@ class MatryoshkaSAE(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         cfg = {"architecture": "jumprelu", "d_in": len(self.b_dec), "d_sae": len(self.b_enc), "dtype": "float32", "device": "cpu",
                **SAELENS, "metadata": {"sae_lens_version": "6.0.0", "prefixes": list(self.prefixes), **self.metadata}}
-        with atomic(folder / WEIGHTS) as path:
-            path.write_bytes(save({**self._tensors(), "threshold": self.threshold.float().cpu().repeat(len(self.b_enc))}))
-        with atomic(folder / CONFIG) as path:
-            path.write_text(json.dumps(cfg, indent=2))
+        write(folder / WEIGHTS, save({**self._tensors(), "threshold": self.threshold.float().cpu().repeat(len(self.b_enc))}))
+        write(folder / CONFIG, cfg)
 
     def to_dictionary_learning(self, folder):
         """Write ``ae.pt`` and ``config.json``, as dictionary_learning 0.1 (``load_dictionary``) and ``load`` read them; k is rounded."""
@@ -345,8 +343,7 @@ class MatryoshkaSAE(nn.Module):
                    "group_sizes": sizes, "lm_name": self.metadata.get("model_name"), "submodule_name": self.metadata.get("hook_name")}
         with atomic(folder / AE) as path:
             torch.save({**self._tensors(), **more}, path)
-        with atomic(folder / "config.json") as path:
-            path.write_text(json.dumps({"trainer": trainer}, indent=2))
+        write(folder / "config.json", {"trainer": trainer})
 
     def _tensors(self):
         return {name: p.detach().float().cpu().contiguous() for name, p in self.named_parameters()}
@@ -386,10 +383,7 @@ class MatryoshkaSAE(nn.Module):
         _require(prefixes is None or isinstance(prefixes, list) and all(isinstance(p, int) for p in prefixes),
                  f"metadata beside {path} must be an object whose prefixes are whole numbers", repr(prefixes))
         shapes = {"W_enc": (D, F), "b_enc": (F,), "W_dec": (F, D), "b_dec": (D,), "threshold": (F,)}
-        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        _require(found == shapes, f"{path} must hold {shapes}", found)
-        for name, tensor in tensors.items():
-            _require(bool(tensor.isfinite().all()), f"{name} in {path} must be finite", "NaN or infinity")
+        check_tensors(tensors, {name: f"float32 {shape}" for name, shape in shapes.items()}, path)
         threshold = tensors["threshold"].clamp(min=0)  # dictionary_learning's -1 before the first batch lets all positive entries pass
         _require(bool((threshold == threshold[0]).all()), f"threshold in {path} must be one number, repeated", "several")
         _require(prefix is None or 1 <= prefix <= F, f"prefix must lie in [1, {F}]", prefix)
@@ -436,7 +430,8 @@ def sparse_loss(x, values, latent, ends, W_dec, weights, G):
     matrix here, on a CPU twice as fast as ``torch.sparse`` has it.
     """
     (B, D), P = x.shape, len(weights)
-    K = torch.tensor([[2 / B * sum(weights[max(i, j):]) for j in range(P)] for i in range(P)])
+    rest = torch.tensor([2 / B * sum(weights[j:]) for j in range(P)])
+    K = torch.minimum(rest, rest[:, None])
     size = max(1, CACHED // (P * D))
     for start in range(0, B, size):
         end = min(start + size, B)
@@ -505,8 +500,8 @@ def aux_loss(sae, x, residual, dead):
 class Trainer:
     """One SAE in training: ``step(x)`` is one optimizer step on raw rows ``x`` (B, D); ``export()`` is the SAE to keep.
 
-    ``trainer.sae`` lives in units where rows have mean squared norm 1: it sees ``x / scale``. ``b_dec`` starts at
-    ``mean / scale``, since a large common mean would silence latents at the start.
+    ``trainer.sae`` sees ``x / scale``; ``train`` gives the root mean squared distance of the rows from their mean. ``b_dec``
+    starts at ``mean / scale``. So a common mean, however large, neither silences latents nor shrinks what is to be learned.
     """
 
     def __init__(self, cfg, d_model, device="cpu", mean=None, scale=1.0):
@@ -518,6 +513,10 @@ class Trainer:
         fused = self.device.type in ("cpu", "cuda")
         eps = 1.5e-5 * cfg.k / cfg.n_latents  # near a rare latent's gradient, which Adam would otherwise blow up to full steps
         self.optimizer = torch.optim.Adam(self.sae.parameters(), lr=0.0, betas=cfg.betas, eps=eps, fused=fused)
+        for name, parameter in self.sae.named_parameters():
+            like = parameter.data.T if name == "W_enc" else parameter.data  # as the optimizer sees it
+            self.optimizer.state[parameter] = {"step": torch.zeros((), device=self.device if fused else "cpu"),
+                                               "exp_avg": torch.zeros_like(like), "exp_avg_sq": torch.zeros_like(like)}
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == "float16")
         # Sparse against dense step on 2 CPU cores: 99 against 415 ms at F 3072, D 768, B 2048; 2.9 against 3.8 ms on the toy.
         self.sparse = self.device.type == "cpu" and self.dtype == "float32" and torch.backends.mkl.is_available()
@@ -615,7 +614,7 @@ class Trainer:
         for parameter in (sae.W_enc, sae.b_enc, sae.W_dec):
             state = self.optimizer.state[parameter]
             parameter.data = parameter.data.T[keep].T if parameter is sae.W_enc else parameter.data[keep]
-            state.update({name: state[name][keep] for name in ("exp_avg", "exp_avg_sq") if name in state})
+            state.update({name: state[name][keep] for name in ("exp_avg", "exp_avg_sq")})
 
     def prefix_order(self):
         """Index map from prefix position to latent (F,), or None when prefixes run over the latents as stored."""
@@ -710,14 +709,16 @@ class Trainer:
         return {name: tensor.cpu().contiguous() for name, tensor in state.items()}
 
     def load_state_dict(self, state):
-        """Go on from ``state``, bit for bit on the CPU."""
-        moments = {}
-        for i, (name, parameter) in enumerate(self.sae.named_parameters()):
-            value = state[name].to(self.device)
+        """Go on from ``state``, bit for bit on the CPU; ``ValueError`` names a tensor in it that is missing, misshapen or not finite."""
+        done, last = state.get("steps_done", torch.tensor([])), self.cfg.steps
+        _require(kind(done) == "int64 ()" and 0 <= done <= last, f"steps_done in {STATE} must be one whole number in [0, {last}]", done)
+        self.prune(self.cfg.latents_at(max(0, int(done) - 1)))
+        check_tensors(state, {name: kind(tensor) for name, tensor in self.state_dict().items()}, STATE)
+        _require(state["scale"] > 0, f"scale in {STATE} must be positive", float(state["scale"]))
+        for name, parameter in self.sae.named_parameters():
+            value, moments = state[name].to(self.device), self.optimizer.state[parameter]
             parameter.data = value.T.contiguous().T if name == "W_enc" else value  # stored as its transpose, as at the start
-            moments[i] = {key.split(".")[1]: value for key, value in state.items() if key.startswith(f"{name}.")}
-        started = {i: values for i, values in moments.items() if values}
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": started})
+            moments.update({key: state[f"{name}.{key}"].to(moment.device) for key, moment in moments.items()})
         self.sae.threshold.copy_(state["threshold"])
         self.rows_silent, self.energy = state["rows_silent"].to(self.device), state["energy"].to(self.device)
         self.steps_done, self.scale = int(state["steps_done"]), float(state["scale"])
@@ -740,6 +741,7 @@ def train(acts, cfg, *, device="cpu", out=None, resume=False, init_from=None, sa
     """
     device, (rank, world) = check_device(device), process_place()
     _require(not resume or out is not None and init_from is None, "resume needs out and no init_from", (out, init_from))
+    _require(save_minutes >= 0, "save_minutes must not be negative", save_minutes)
     trainer, data, aside, origin = _begin(acts, cfg, device, world)
     if resume:
         trainer.load_state_dict(load_state(out, origin))
@@ -751,6 +753,8 @@ def train(acts, cfg, *, device="cpu", out=None, resume=False, init_from=None, sa
     def checkpoint():
         sae = trainer.export()
         sae.metadata.update(metadata or {})
+        sound = sae.W_dec.any(dim=1).all() and all(tensor.isfinite().all() for tensor in sae.state_dict().values())
+        _require(sound, f"training diverged by step {trainer.steps_done}, try a lower lr: weights", "NaN, infinity or decoder rows of 0")
         if trainer.steps_done:
             calibrate(sae, aside, cfg.k)
         if folder:
@@ -783,9 +787,8 @@ def train(acts, cfg, *, device="cpu", out=None, resume=False, init_from=None, sa
                 raise
             log = trainer.steps_done % log_every == 0 or trainer.steps_done == cfg.steps
             due = time.monotonic() - saved > 60 * save_minutes
-            if log or due or stop:
-                _require(math.isfinite(loss), f"training diverged by step {trainer.steps_done}, try a lower lr: loss", float(loss))
             if log:
+                _require(math.isfinite(loss), f"training diverged by step {trainer.steps_done}, try a lower lr: loss", float(loss))
                 report(x, float(loss), (trainer.steps_done - first) * cfg.batch_size / (time.monotonic() - logged))
                 logged, first = time.monotonic(), trainer.steps_done
             if due and folder:
@@ -803,9 +806,11 @@ def _begin(acts, cfg, device, world):
     _require(least >= 1, f"k must give each of {world} processes at least one active entry in its share of a batch", cfg.k)
     data, aside = (acts if hasattr(acts, "batches") else Rows(acts)).split_off(0.05, cfg.seed)
     sample = data.sample(ASIDE, cfg.seed)
-    scale = float(torch.linalg.vector_norm(sample, dtype=torch.float64)) / len(sample) ** 0.5
-    _require(scale > 0, "the rows must not all be zero: root mean squared norm", scale)
-    trainer = Trainer(cfg, data.d_model, device, sample.mean(dim=0, dtype=torch.float64), scale)
+    mean = sample.mean(dim=0, dtype=torch.float64)
+    scale = float((sample - mean).norm()) / len(sample) ** 0.5
+    _require(max(1e-18, 1e-6 * float(mean.norm())) < scale < 1e18, "the rows must not be all zero, equal to a millionth, or beyond 1e18; "
+             "their root mean squared distance from their mean", scale)
+    trainer = Trainer(cfg, data.d_model, device, mean, scale)
     origin = {**dataclasses.asdict(cfg), "rows": len(data) if isinstance(data, Rows) else None, "width": data.d_model,
               "checksum of a sample of the rows": hashlib.sha256(sample.numpy()).hexdigest()[:16], "processes": world}
     return trainer, data, aside.sample(ASIDE, cfg.seed), origin
@@ -1095,7 +1100,7 @@ class FeatureTree:
         n = len(self.parent_of)
         _require(n >= 1, "tree must have at least one node that is read out; number of them", n)
         self.d_model = n if d_model is None else d_model
-        _require(isinstance(self.d_model, int) and self.d_model >= n, f"d_model must be at least the number of features {n}", self.d_model)
+        _require(isinstance(self.d_model, int) and n <= self.d_model <= 2048, f"d_model must lie in [number of features {n}, 2048]", self.d_model)
         _require(isinstance(norm_std, (int, float)) and 0 <= norm_std < 1, "norm_std must lie in [0, 1)", norm_std)
         generator = torch.Generator().manual_seed(seed)
         basis = torch.linalg.qr(torch.randn(self.d_model, self.d_model, generator=generator)).Q
@@ -1105,7 +1110,8 @@ class FeatureTree:
         known = {"active_prob", "id", "is_read_out", "is_binary", "mutually_exclusive_children", "children"}
         _require(isinstance(spec, dict), f"{path} must be an object", repr(spec))
         unknown = sorted(set(spec) - known)
-        _require(not unknown, f"{path} may only have the keys {', '.join(sorted(known))}", ", ".join(unknown))
+        _require(not unknown, f"{path} may only have the keys {', '.join(sorted(known))}", unknown)
+        _require(path.count(".") <= 100, f"{path} must be at most 100 levels deep", path.count("."))
         p = spec.get("active_prob")
         _require(isinstance(p, (int, float)) and not isinstance(p, bool) and 0 <= p <= 1,
                  f"{path}.active_prob must be a number in [0, 1]", repr(p))
@@ -1608,7 +1614,7 @@ def read_npy(path):
     except OSError:
         raise
     except Exception as error:  # numpy's parser raises whatever a damaged header leads it to
-        raise ValueError(f"{path} is not a readable .npy file of numbers: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"{path} is not a readable .npy file of numbers: {' '.join(str(error).split()):.300}") from None
 
 
 def prefetch(batches, pin=False, depth=8):
@@ -1633,15 +1639,26 @@ def check_device(device):
     """``torch.device`` of the name ``device``; ``ValueError`` if this machine or this build of torch lacks it."""
     try:
         torch.ones(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {device!r} is not available here: {str(error).splitlines()[0]}") from None
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise ValueError(f"device {device!r:.100} is not available here: {' '.join(str(error).split()):.300}") from None
     return torch.device(device)
+
+
+def check_tensors(tensors, needed, where):
+    """``ValueError`` unless the ``tensors`` are finite and have the names and kinds ``needed``, {"W_enc": "float32 (16, 32)", ...}."""
+    for name in {**needed, **tensors}:
+        found = kind(tensors[name]) if name in tensors else "none"
+        _require(found == needed.get(name), f"{name} in {where} must be {needed.get(name, 'left out')}", found)
+        _require(bool(tensors[name].isfinite().all()), f"{name} in {where} must be finite", "NaN or infinity")
+
+
+def kind(tensor):
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
 
 
 def save_state(folder, state, origin):
     """Write what ``Trainer.load_state_dict`` needs, with ``origin``: the settings and rows that a resumed run must share."""
-    with atomic(Path(folder) / STATE) as path:
-        path.write_bytes(save(state, {"origin": json.dumps(origin)}))
+    write(Path(folder) / STATE, save(state, {"origin": json.dumps(origin)}))
 
 
 def load_state(folder, origin):
@@ -1651,9 +1668,9 @@ def load_state(folder, origin):
         raise FileNotFoundError(f"{folder} holds no {STATE}, there is nothing to resume")
     try:
         with safe_open(path, "pt") as file:
-            started = json.loads(file.metadata()["origin"])
+            started = dict(json.loads(file.metadata()["origin"]))
             state = {name: file.get_tensor(name).clone() for name in file.keys()}  # aligned, as a run that was not cut has them
-    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+    except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: {error}") from None
     for name, value in json.loads(json.dumps(origin)).items():
         _require(started.get(name) == value, f"{name} must be as in the run to resume in {folder}, {started.get(name)}", value)
@@ -1670,10 +1687,9 @@ def metrics_file(folder, steps_done):
     lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
     try:
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= steps_done]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged, move it away to go on: {error}") from None
-    with atomic(path) as temporary:
-        temporary.write_text("".join(kept))
+    write(path, "".join(kept))
     with open(path, "a") as file:
         yield file
 
@@ -1685,14 +1701,14 @@ def read_checkpoint(folder):
         why = f"it has no {CONFIG}" if folder.is_dir() else "there is no such folder, and a Hub repository is named user/name"
         raise FileNotFoundError(f"{folder} is not a checkpoint: {why}")
     path, cfg = (folder / AE, {"architecture": DICT_CLASS, **SAELENS}) if peer else (folder / WEIGHTS, read_json(folder / CONFIG))
-    kind = cfg.get("architecture")
-    _require(kind in (*FORMATS,), f"{folder / CONFIG} must have one of the architectures {', '.join(FORMATS)}", repr(kind))
+    architecture = cfg.get("architecture")
+    _require(architecture in (*FORMATS,), f"{folder / CONFIG} must have one of the architectures {', '.join(FORMATS)}", repr(architecture))
     for key, needed in SAELENS.items():
         _require(cfg.get(key) == needed, f"{folder / CONFIG} must have {key} = {needed!r}", repr(cfg.get(key)))
     try:
         found = torch.load(path, "cpu", weights_only=True) if peer else load_file(path)
-        _require(set(found) == set(FORMATS[kind]), f"{path} must hold the tensors {', '.join(FORMATS[kind])}", ", ".join(found))
-        tensors = {ours: found[theirs].float() for ours, theirs in zip(OURS, FORMATS[kind])}
+        _require(set(found) == set(FORMATS[architecture]), f"{path} must hold the tensors {', '.join(FORMATS[architecture])}", ", ".join(found))
+        tensors = {ours: found[theirs].float() for ours, theirs in zip(OURS, FORMATS[architecture])}
         if tensors["threshold"].ndim == 0:
             tensors["threshold"] = tensors["threshold"].repeat(len(tensors["b_enc"]))
         if peer:
@@ -1815,11 +1831,19 @@ def atomic(path):
         raise OSError(f"{path} could not be written, the file there before is untouched: {error}") from None
 
 
+def write(path, content):
+    """Write bytes or text, and anything else as JSON; a reader sees the old file or the new one."""
+    if not isinstance(content, (bytes, str)):
+        content = json.dumps(content, indent=2) + "\n"
+    with atomic(path) as temporary:
+        temporary.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
 def read_json(path):
     """The object in a JSON file; ``ValueError`` names the file and the place of the fault."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8-sig"))  # Windows editors put a byte order mark
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     _require(isinstance(content, dict), f"{path} must hold a JSON object", type(content).__name__)
     return content

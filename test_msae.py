@@ -1,16 +1,21 @@
 """Claims about msae, each against a naive oracle or a literal number. Needs no GPU and no network."""
 
 import base64
+import collections
 import contextlib
+import copy
 import dataclasses
 import functools
 import hashlib
 import http.server
 import importlib.util
+import io
 import json
 import os
+import pickle
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -806,7 +811,7 @@ def test_matryoshka_recovers_every_toy_feature_and_vanilla_absorbs():
     parents = sorted({parent for parent, _ in tree.pairs})  # the features that can be absorbed, as labels without the tree
     ours, vanilla = (msae.probe(sae, features @ tree.directions, features[:, parents] > 0) for sae in saes)
     assert ours["raw"]["accuracy"] == vanilla["raw"]["accuracy"] == 1.0
-    assert ours["prefixes"][-1]["absorption"] < 0.01 and vanilla["prefixes"][-1]["absorption"] > 0.2
+    assert ours["prefixes"][-1]["absorption"] < 0.01 and vanilla["prefixes"][-1]["absorption"] > 0.1
     assert ours["erasure"][0]["own"] > 0.49 and vanilla["erasure"][0]["own"] < 0.4
     assert ours["erasure"][0]["others"] < 0.05 > vanilla["erasure"][0]["others"]
 
@@ -815,14 +820,14 @@ def test_matryoshka_recovers_every_toy_feature_and_vanilla_absorbs():
 
 
 def test_logistic_regression_is_at_the_minimum_of_its_formula():
-    x, y = torch.from_numpy(rows(400, 6)), torch.rand(400, 3) < 0.3
+    x, y = torch.from_numpy(rows(400, 6)), torch.rand(400, 3, generator=torch.Generator().manual_seed(0)) < 0.3
     y[:, 1] |= x[:, 2] > 5
     w, b = msae.logistic_regression(x, y)
     mean, std = x.mean(0), x.std(0)
     w, b = ((w * std).requires_grad_(), (b + w @ mean).requires_grad_())  # in standardised units
     p = torch.sigmoid((x - mean) / std @ w.T + b)
     (-(torch.where(y, p, 1 - p)).log().mean(0).sum() + 1e-3 * w.pow(2).sum()).backward()
-    assert w.grad.abs().max() < 1e-4 and b.grad.abs().max() < 1e-4
+    assert w.grad.abs().max() < 1e-3 and b.grad.abs().max() < 1e-3
 
 
 def test_probe_scores_by_hand():
@@ -1805,3 +1810,235 @@ def test_msae_works_copied_alone_into_a_folder(tmp_path):
     (tmp_path / "msae.py").write_bytes((HERE / "msae.py").read_bytes())
     done = subprocess.run([sys.executable, "-c", ALONE], cwd=tmp_path, env={"PATH": "", "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0 and not done.stdout + done.stderr, done.stderr
+
+
+# ------------------------------------------------------------------------------------------------- numbers under stress
+
+STRESS = {  # what is done to the rows (n, 16), and settings
+    "tiny": (lambda x: x * 1e-4, {}), "huge": (lambda x: x * 1e4, {}), "near the bounds": (lambda x: x * 1e15, {}),
+    "one dimension 1000 times the others": (lambda x: x * np.where(np.arange(16) == 3, 1000, 1), {}),
+    "mean 400 times the spread": (lambda x: x + 1000, {}), "duplicates": (lambda x: x[np.arange(len(x)) % 50], {}),
+    "a third zero rows": (lambda x: x * (np.arange(len(x)) % 3 > 0)[:, None], {}), "constant dimensions": (lambda x: x * (np.arange(16) < 3) + 2, {}),
+    "k of 0.5": (lambda x: x, dict(k=0.5)), "k = F": (lambda x: x, dict(k=32)), "F < D": (lambda x: x, dict(n_latents=6, prefixes=None, k=2.5)),
+    "batches of 1": (lambda x: x, dict(batch_size=1)), "one latent": (lambda x: x, dict(n_latents=1, prefixes=(1,), k=0.5)),
+    "5,000 latents on 4 dimensions": (lambda x: x[:, :4], dict(n_latents=5000, prefixes=None, steps=50)),
+}
+
+
+@pytest.mark.parametrize("change, settings", STRESS.values(), ids=STRESS.keys())
+def test_strange_rows_and_sizes_keep_finite_weights_and_l0(change, settings):
+    data = change(rows(60_000)).astype(np.float32)
+    sae = msae.train(data[:40_000], config(**{"steps": 200, **settings}))
+    figures, k = msae.evaluate(sae, data[40_000:]), settings.get("k", 4.5)
+    assert all(tensor.isfinite().all() for tensor in sae.state_dict().values()) and np.isfinite(figures["fvu"])
+    assert (sae.W_dec.norm(dim=1) - 1).abs().max() < 1e-5
+    noise = (sae.encode(torch.from_numpy(data[40_000:44_000])) > 0).sum(dim=1).float().std() / 2000**0.5  # of 2,000 calibration rows
+    assert abs(figures["l0"] - k) < max(0.05 * k, 4 * noise) or figures["l0"] < k and sae.threshold == 0  # all positive entries are kept
+
+
+@pytest.mark.parametrize("change", [lambda x: x * 1e-20, lambda x: x * 1e20, lambda x: x * 0 + 5, lambda x: x + 1e8], ids=["tiny", "huge", "equal", "mean"])
+def test_rows_beyond_float32_are_refused(change):
+    with pytest.raises(ValueError, match="their root mean squared distance from their mean, got"):
+        msae.train(change(rows(1000)).astype(np.float32), config())
+
+
+@pytest.mark.parametrize("steps", [1, 20])
+def test_a_diverged_run_is_refused_and_not_saved(tmp_path, steps):
+    with pytest.raises(ValueError, match="diverged by step .*, try a lower lr"):
+        msae.train(rows(1000), config(lr=9e18, warmup_steps=0, steps=steps), out=tmp_path / "run")
+    assert torch.equal(msae.MatryoshkaSAE.load(tmp_path / "run").W_dec, msae.Trainer(config(), 16).export().W_dec)
+
+
+def test_no_drift_over_many_steps_and_both_paths_end_alike():
+    data, cfg = rows(24_000), config(steps=800, lr=0.01, n_latents_start=40, dead_after=3200)
+    trainers = [msae.Trainer(cfg, 16, mean=torch.from_numpy(data.mean(axis=0)), scale=12.0) for _ in range(2)]
+    trainers[0].sparse, trainers[1].sparse = True, False
+    for x in msae.itertools.islice(msae.Rows(data[:20_000]).batches(64, 0), cfg.steps):
+        for trainer in trainers:
+            trainer.step(x)
+    ends = [trainer.export() for trainer in trainers]
+    assert all((sae.W_dec.norm(dim=1) - 1).abs().max() < 1e-5 for sae in ends)
+    for sae in ends:
+        msae.calibrate(sae, torch.from_numpy(data[:20_000]), cfg.k)
+    sparse, dense = (msae.evaluate(sae, data[20_000:]) for sae in ends)
+    assert sparse["fvu"] == pytest.approx(dense["fvu"], rel=0.03) and sparse["l0"] == pytest.approx(dense["l0"], rel=0.03)
+
+
+# ---------------------------------------------------------------------------------------------------------------- enemy
+
+FUZZ = int(os.environ.get("MSAE_FUZZ", 168))  # bad inputs, over all kinds; MSAE_FUZZ=2100 takes minutes
+LIMIT, STEPS_AT_MOST = 2 << 30, 60            # bytes beyond those in use; steps before Ctrl-C
+WIDE = {"active_prob": 1, "children": [{"active_prob": 1e-3}] * 6000}
+DEEP = functools.reduce(lambda node, _: {"active_prob": 1, "children": [node]}, range(200), {"active_prob": 1})
+VALUES = (None, True, False, 0, 1, 2, 3, -1, 10**4, 2**31, 2**62, 2**63, -10**400, 10**400, 0.5, 1.0, 1e-320, 1e308, -1e308, float("nan"),
+          float("inf"), "", "x\ny", "1", "\0", [], [[]], [1, 2], [0.5, 1], [1e308] * 5, [10**400], {}, {"a": 1}, WIDE, DEEP)
+WORDS = ("-1", "0", "1", "2", "16", "17", "9999", str(2**31), str(2**62), "9" * 30, "9" * 5000, "1e-320", "0.5", "1e308", "1e999", "nan", "inf",
+         "-inf", "", " ", "x", "x\ny", "\0", "0.5,1", "1,2,16", ".1e999,1", "cuda:99", "hpu", "mkldnn", "meta", "float16", "energy", "..", "é" * 300)
+SIZES = {"train": "--acts acts.npy --latents 16 --k 2 --batch-size 32 --steps 8 --device cpu --out new", "toy": "--config toy.json --out toys",
+         "config": "--acts acts.npy --config train.json --device cpu --out new", "bench": "--latents 16 --d-model 8 --batch-size 8 --k 2 --steps 1 --device cpu"}
+
+
+class Canary:
+    def __reduce__(self):
+        return Path.touch, (Path("canary"),)
+
+
+def bad_bytes(g, data):
+    """``data`` cut, with bits flipped, bytes put in or repeated, or a pickle that would leave a trace in its place."""
+    at = g.randrange(len(data)) if g.random() < 0.5 else g.randrange(min(200, len(data)))
+    return g.choice((lambda: data[:at], lambda: data[:at] + bytes([data[at] ^ 1 << g.randrange(8)]) + data[at + 1:], lambda: data + data[:at],
+                     lambda: data[:at] + g.randbytes(8) + data[at:], lambda: data[:at] + b"\xff" * 8 + data[at + 8:],
+                     lambda: pickle.dumps(Canary())))()
+
+
+def bad_json(g, content):
+    """The text of ``content`` with values swapped, dropped or added, or the text itself damaged; as bytes."""
+    content = json.loads(json.dumps(content))
+    for _ in range(g.randint(1, 2)):
+        place, parent = content, {}
+        while isinstance(place, (dict, list)) and place and (parent is not content or g.random() < 0.8):
+            key, parent = g.choice(list(place) if isinstance(place, dict) else range(len(place))), place
+            place = place[key]
+        if parent:
+            parent[key] = copy.deepcopy(g.choice(VALUES))
+            if g.random() < 0.2:
+                del parent[key]
+    text = json.dumps(content).encode()
+    changes = (lambda: b"\xef\xbb\xbf" + text, lambda: json.dumps(content, indent=1).replace("\n", "\r\n").encode(), lambda: bad_bytes(g, text),
+               lambda: text[:-1] + b"," + text[1:], lambda: b'{"a":' * 10**5, lambda: b'{"k": %s}' % (b"9" * 5000), lambda: b"\xff\xfe" + text)
+    return g.choice((lambda: text,) * 14 + changes)()
+
+
+def bad_npy(g, data):
+    """A ``.npy`` file with bytes, header or values damaged, or another kind of array."""
+    array, file = np.load(io.BytesIO(data)), io.BytesIO()
+    shape = g.choice(((10**12, 8), (10**30, 8), (-1, 8), (300, -8), (2**31, 2**31), (0, 8), (300, 0), (), (2400,), (2, 150, 8), (2400, 1), (1, 2400), (8.0, 3)))
+    header = {"descr": g.choice(("<f4", "<f4", "<f2", ">f4", "|O", "<c8", "<i4", "<f16", "|V4", [("a", "<f4")], "<U9", "x", 7)),
+              "fortran_order": g.choice((False, True, 2)), "shape": g.choice((shape, (300, 8)))}
+    text = repr(header if g.random() < 0.8 else g.choice((header | {"more": 1}, [header], DEEP, "x"))).encode() + b"\n"
+    spots = np.array(g.choices(range(array.size), k=g.choice((1, array.size))))
+    array.flat[spots] = g.choice((np.nan, np.inf, 1e38, 1e-45, 0.0, -1e20))
+    kind = g.choice((lambda a: a, np.asfortranarray, lambda a: a.astype(object), lambda a: np.array([Canary()] * 9), lambda a: a.astype("f8") * 1e300,
+                     lambda a: a.astype("c8"), lambda a: a.view("f4,f4"), lambda a: a > 0, lambda a: a[:0], lambda a: a[:, :1], lambda a: a[:40],
+                     lambda a: a.astype("f2"), lambda a: a[None, None], lambda a: a[0, 0]))(array)
+    np.save(file, kind, allow_pickle=True)
+    version = g.choice((b"\1\0", b"\2\0", b"\3\0", b"\7\0"))
+    size = g.choice((len(text),) * 5 + (0, 60_000)).to_bytes(2 if version == b"\1\0" else 4, "little")
+    return g.choice((lambda: bad_bytes(g, data), lambda: b"\x93NUMPY" + version + size + text + data[128:], file.getvalue))()
+
+
+def bad_tensors(g, data):
+    """A safetensors file with bytes or header damaged, or tensors that are missing, too many, misshapen or of strange values."""
+    size = int.from_bytes(data[:8], "little")
+    if g.random() < 0.3:
+        return bad_bytes(g, data)
+    if g.random() < 0.2:
+        header = bad_json(g, json.loads(data[8:8 + size]))
+        return g.choice((len(header), size, 2**40)).to_bytes(8, "little") + header + data[8 + size:]
+    tensors, origin = safetensors.torch.load(data), json.loads(data[8:8 + size]).get("__metadata__")
+    for name in g.sample(sorted(tensors), g.choice((1, 1, 2, len(tensors)))):
+        t = tensors.pop(name)
+        other = g.choice((t.flatten(), t[None], t.mT.contiguous() if t.dim() > 1 else t[None], t[..., :-1] if t.dim() else t, t.half(), t.double(), t.long(), t.bool(), t.to(torch.complex64),
+                          t.to(torch.float8_e4m3fn), t * 0, t * 0 - 1, t * 0 + 2**40, t.float() * float("nan"), t.float() * 1e38, t.float() + float("inf"), None))
+        tensors.update({} if other is None else {name + g.choice(("", "", "", ".x", "x")): other.clone()})
+    return safetensors.torch.save(tensors, g.choice((origin, origin, {"origin": "[]"}, {"origin": "[" * 10**5}, {"format": "pt"}, None)))
+
+
+def bad_file(name, change, *arguments):
+    """A kind of attack: damage one file, then run the command that reads it."""
+    def attack(g):
+        data = Path(name).read_bytes()
+        Path(name).write_bytes(change(g, json.loads(data) if change is bad_json else data))
+        return [arguments[0].replace("config", "train"), *SIZES[arguments[0]].split(), *arguments[1:]]
+    return attack
+
+
+def bad_options(g):
+    """Two options of any command with values at and beyond their bounds."""
+    name = g.choice(("train", "toy", "bench"))
+    options = [p for p in cli.main.commands[name].params if p.name != "help"]
+    return [name, *SIZES[name].split(), *(word for p in g.sample(options, g.choice((1, 1, 2))) for word in ([p.opts[0]] if p.is_flag else [p.opts[0], g.choice(WORDS)]))]
+
+
+RESUME = ("train", "--resume", "--out", "run", "--steps", "80")
+ATTACKS = {"npy": bad_file("acts.npy", bad_npy, "train"), "weights": bad_file(f"run/{msae.WEIGHTS}", bad_tensors, "train", "--init-from", "run"),
+           "cfg.json": bad_file(f"run/{msae.CONFIG}", bad_json, "train", "--init-from", "run"),
+           "state": bad_file(f"run/{msae.STATE}", bad_tensors, *RESUME), "metrics": bad_file(f"run/{msae.METRICS}", bad_bytes, *RESUME),
+           "toy config": bad_file("toy.json", bad_json, "toy"), "train config": bad_file("train.json", bad_json, "config"),
+           "options": bad_options}
+
+
+@contextlib.contextmanager
+def confined(monkeypatch):
+    """Little memory, 60 steps before Ctrl-C, and an alarm for what hangs."""
+    import resource
+    steps, step, limits = [], msae.Trainer.step, resource.getrlimit(resource.RLIMIT_AS)
+
+    def counted(trainer, x):
+        steps.append(1)
+        if len(steps) > STEPS_AT_MOST:
+            raise KeyboardInterrupt
+        return step(trainer, x)
+
+    def hangs(*_):
+        raise AssertionError("hangs")
+
+    in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    monkeypatch.setattr(msae.Trainer, "step", counted)
+    signal.signal(signal.SIGALRM, hangs)
+    signal.alarm(60)
+    resource.setrlimit(resource.RLIMIT_AS, (in_use + LIMIT, limits[1]))
+    try:
+        yield steps
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+        signal.alarm(0)
+        monkeypatch.setattr(msae.Trainer, "step", step)
+
+
+def whole(folder):
+    """Whether the folder holds nothing of a checkpoint or all of a good one."""
+    names = {path.name for path in folder.rglob("*")} if folder.is_dir() else set()
+    return not any(name.endswith(".tmp") for name in names) and (not names & {msae.WEIGHTS, msae.CONFIG} or bool(msae.MatryoshkaSAE.load(folder)))
+
+
+def attacked(kind, number, monkeypatch):
+    """The exit code of one attack in the present folder, and what went wrong beside a refusal in one line, if anything."""
+    arguments = ATTACKS[kind](random.Random(f"{kind} {number}"))
+    before = {path: path.read_bytes() for path in Path("run").iterdir() if path.name != msae.METRICS}
+    with confined(monkeypatch) as steps:
+        result = CliRunner().invoke(cli.main, arguments)
+    lines, code = result.output.splitlines(), result.exit_code
+    faults = {
+        "no traceback": isinstance(result.exception, (SystemExit, type(None))),
+        "one line": [line for line in lines if line.startswith("Error:")] == lines[-1:] * (code in (1, 2)) and len("".join(lines[-1:])) < 6000,
+        "exit code": code in (0, 1, 2) or code == 130 and len(steps) > STEPS_AT_MOST,
+        "no code run": not Path("canary").exists(),
+        "whole new checkpoints": all(whole(Path(name)) for name in ("new", "new/vanilla")),
+        "old checkpoint untouched": code == 0 or all(path.read_bytes() == data for path, data in before.items()),
+    }
+    broken = [name for name, kept in faults.items() if not kept]
+    return code, broken and f"{kind} {number}: {broken} {result.exception!r:.300} {' '.join(arguments)[:300]} {result.output[-500:]}"
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs limits on memory")
+@pytest.mark.parametrize("kind", ATTACKS)
+def test_bad_input_gets_one_line_and_harms_nothing(kind, tmp_path, monkeypatch):
+    seen, good = [], tmp_path / "good"
+    good.mkdir()
+    monkeypatch.chdir(good)
+    np.save("acts.npy", rows(300, 8))
+    settings = json.loads((HERE / "toy_config.json").read_text())
+    settings["train"].update(steps=4, batch_size=50)
+    Path("toy.json").write_text(json.dumps(settings))
+    Path("train.json").write_text(json.dumps(dataclasses.asdict(msae.TrainConfig(n_latents=16, k=2, k_start=4, k_anneal_steps=3, batch_size=32, steps=8))))
+    with confined(monkeypatch):
+        run("train", *SIZES["train"].split(), "--out", "run", "--steps", 80, "--save-minutes", 0, code=130)
+    for number in range(FUZZ // len(ATTACKS)):
+        shutil.copytree(good, tmp_path / "case")
+        monkeypatch.chdir(tmp_path / "case")
+        seen.append(attacked(kind, number, monkeypatch))
+        monkeypatch.chdir(tmp_path)
+        shutil.rmtree("case")
+    print(kind, dict(collections.Counter(code for code, _ in seen)))
+    assert not any(faults := [fault for _, fault in seen if fault]), "\n\n".join(faults)
