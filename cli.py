@@ -50,10 +50,9 @@ class Commands(click.Group):
     def invoke(self, ctx):
         try:
             return super().invoke(ctx)
-        except OSError as error:
-            raise click.ClickException(f"{error.filename}: {error.strerror}" if error.filename else str(error)) from None
-        except ValueError as error:
-            raise click.ClickException(str(error)) from None
+        except (OSError, ValueError) as error:
+            text = f"{error.filename}: {error.strerror}" if getattr(error, "filename", None) else str(error)
+            raise click.ClickException(" ".join(text.splitlines())) from None
         except (MemoryError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and not any(word in str(error) for word in ("allocate", "out of memory", "size calculation overflowed")):
                 raise

@@ -1828,6 +1828,8 @@ def atomic(path):
                 temporary.unlink(missing_ok=True)
                 raise
     except OSError as error:
+        if error.errno is None:  # not of the system, so not of this file
+            raise
         raise OSError(f"{path} could not be written, the file there before is untouched: {error}") from None
 
 

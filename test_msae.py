@@ -1866,7 +1866,7 @@ def test_no_drift_over_many_steps_and_both_paths_end_alike():
 
 # ---------------------------------------------------------------------------------------------------------------- enemy
 
-FUZZ = int(os.environ.get("MSAE_FUZZ", 168))  # bad inputs, over all kinds; MSAE_FUZZ=2100 takes minutes
+FUZZ = int(os.environ.get("MSAE_FUZZ", 210))  # bad inputs, over all kinds; MSAE_FUZZ=2100 takes minutes
 LIMIT, STEPS_AT_MOST = 2 << 30, 60            # bytes beyond those in use; steps before Ctrl-C
 WIDE = {"active_prob": 1, "children": [{"active_prob": 1e-3}] * 6000}
 DEEP = functools.reduce(lambda node, _: {"active_prob": 1, "children": [node]}, range(200), {"active_prob": 1})
@@ -1875,7 +1875,9 @@ VALUES = (None, True, False, 0, 1, 2, 3, -1, 10**4, 2**31, 2**62, 2**63, -10**40
 WORDS = ("-1", "0", "1", "2", "16", "17", "9999", str(2**31), str(2**62), "9" * 30, "9" * 5000, "1e-320", "0.5", "1e308", "1e999", "nan", "inf",
          "-inf", "", " ", "x", "x\ny", "\0", "0.5,1", "1,2,16", ".1e999,1", "cuda:99", "hpu", "mkldnn", "meta", "float16", "energy", "..", "é" * 300)
 SIZES = {"train": "--acts acts.npy --latents 16 --k 2 --batch-size 32 --steps 8 --device cpu --out new", "toy": "--config toy.json --out toys",
-         "config": "--acts acts.npy --config train.json --device cpu --out new", "bench": "--latents 16 --d-model 8 --batch-size 8 --k 2 --steps 1 --device cpu"}
+         "config": "--acts acts.npy --config train.json --device cpu --out new", "bench": "--latents 16 --d-model 8 --batch-size 8 --k 2 --steps 1 --device cpu",
+         "harvest": "--model tiny.pt --layer 1 --tokens ids.jsonl --device cpu --out harvested.npy", "push": "run ada/mine --dry-run",
+         "eval": "run --acts acts.npy --device cpu --out eval.json"}
 
 
 class Canary:
@@ -1909,6 +1911,7 @@ def bad_json(g, content):
     return g.choice((lambda: text,) * 14 + changes)()
 
 
+@np.errstate(over="ignore")
 def bad_npy(g, data):
     """A ``.npy`` file with bytes, header or values damaged, or another kind of array."""
     array, file = np.load(io.BytesIO(data)), io.BytesIO()
@@ -1917,7 +1920,7 @@ def bad_npy(g, data):
               "fortran_order": g.choice((False, True, 2)), "shape": g.choice((shape, (300, 8)))}
     text = repr(header if g.random() < 0.8 else g.choice((header | {"more": 1}, [header], DEEP, "x"))).encode() + b"\n"
     spots = np.array(g.choices(range(array.size), k=g.choice((1, array.size))))
-    array.flat[spots] = g.choice((np.nan, np.inf, 1e38, 1e-45, 0.0, -1e20))
+    array.flat[spots] = g.choice((np.nan, np.inf, 1e38, 1e-45, 0.0, -1e20) if array.dtype.kind == "f" else (-1, 0, 1, 50, 2**40))
     kind = g.choice((lambda a: a, np.asfortranarray, lambda a: a.astype(object), lambda a: np.array([Canary()] * 9), lambda a: a.astype("f8") * 1e300,
                      lambda a: a.astype("c8"), lambda a: a.view("f4,f4"), lambda a: a > 0, lambda a: a[:0], lambda a: a[:, :1], lambda a: a[:40],
                      lambda a: a.astype("f2"), lambda a: a[None, None], lambda a: a[0, 0]))(array)
@@ -1944,6 +1947,14 @@ def bad_tensors(g, data):
     return safetensors.torch.save(tensors, g.choice((origin, origin, {"origin": "[]"}, {"origin": "[" * 10**5}, {"format": "pt"}, None)))
 
 
+def bad_lines(g, data):
+    """A ``.jsonl`` file with one line changed, or the whole damaged."""
+    lines = data.splitlines()
+    number = g.randrange(len(lines))
+    lines[number] = bad_json(g, json.loads(lines[number]))
+    return bad_bytes(g, data) if g.random() < 0.2 else b"\n".join(lines)
+
+
 def bad_file(name, change, *arguments):
     """A kind of attack: damage one file, then run the command that reads it."""
     def attack(g):
@@ -1955,8 +1966,8 @@ def bad_file(name, change, *arguments):
 
 def bad_options(g):
     """Two options of any command with values at and beyond their bounds."""
-    name = g.choice(("train", "toy", "bench"))
-    options = [p for p in cli.main.commands[name].params if p.name != "help"]
+    name = g.choice([name for name in SIZES if name in cli.main.commands])
+    options = [p for p in cli.main.commands[name].params if p.param_type_name == "option" and p.name != "dry_run"]
     return [name, *SIZES[name].split(), *(word for p in g.sample(options, g.choice((1, 1, 2))) for word in ([p.opts[0]] if p.is_flag else [p.opts[0], g.choice(WORDS)]))]
 
 
@@ -1965,7 +1976,9 @@ ATTACKS = {"npy": bad_file("acts.npy", bad_npy, "train"), "weights": bad_file(f"
            "cfg.json": bad_file(f"run/{msae.CONFIG}", bad_json, "train", "--init-from", "run"),
            "state": bad_file(f"run/{msae.STATE}", bad_tensors, *RESUME), "metrics": bad_file(f"run/{msae.METRICS}", bad_bytes, *RESUME),
            "toy config": bad_file("toy.json", bad_json, "toy"), "train config": bad_file("train.json", bad_json, "config"),
-           "options": bad_options}
+           "jsonl": bad_file("ids.jsonl", bad_lines, "harvest"), "token ids": bad_file("ids.npy", bad_npy, "harvest", "--tokens", "ids.npy"),
+           "model": bad_file("tiny.pt", bad_bytes, "harvest"), "labels": bad_file("labels.npy", bad_npy, "eval", "--labels", "labels.npy"),
+           "eval.json": bad_file("run/eval.json", bad_json, "push"), "peer": bad_file(f"peer/{msae.AE}", bad_bytes, "eval", "peer"), "options": bad_options}
 
 
 @contextlib.contextmanager
@@ -2014,6 +2027,7 @@ def attacked(kind, number, monkeypatch):
         "one line": [line for line in lines if line.startswith("Error:")] == lines[-1:] * (code in (1, 2)) and len("".join(lines[-1:])) < 6000,
         "exit code": code in (0, 1, 2) or code == 130 and len(steps) > STEPS_AT_MOST,
         "no code run": not Path("canary").exists(),
+        "nothing of a refused harvest": code == 0 or not Path("harvested.npy").exists(),
         "whole new checkpoints": all(whole(Path(name)) for name in ("new", "new/vanilla")),
         "old checkpoint untouched": code == 0 or all(path.read_bytes() == data for path, data in before.items()),
     }
@@ -2034,6 +2048,13 @@ def test_bad_input_gets_one_line_and_harms_nothing(kind, tmp_path, monkeypatch):
     Path("train.json").write_text(json.dumps(dataclasses.asdict(msae.TrainConfig(n_latents=16, k=2, k_start=4, k_anneal_steps=3, batch_size=32, steps=8))))
     with confined(monkeypatch):
         run("train", *SIZES["train"].split(), "--out", "run", "--steps", 80, "--save-minutes", 0, code=130)
+    Path("run/eval.json").write_text(json.dumps(msae.evaluate(msae.MatryoshkaSAE.load("run"), "acts.npy")))
+    msae.MatryoshkaSAE.load("run").to_dictionary_learning("peer")
+    torch.save(msae.TinyModel(2, 16, 16, 32, 50, 8).state_dict(), "tiny.pt")
+    ids = np.random.default_rng(0).integers(50, size=(300, 8))
+    Path("ids.jsonl").write_text("".join(json.dumps({"tok_ids": row}) + "\n" for row in ids.tolist()))
+    np.save("ids.npy", ids)
+    np.save("labels.npy", ids[:, :1] % 3)
     for number in range(FUZZ // len(ATTACKS)):
         shutil.copytree(good, tmp_path / "case")
         monkeypatch.chdir(tmp_path / "case")
