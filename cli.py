@@ -4,7 +4,9 @@ import os
 import signal
 
 if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds
-    before = signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"interrupted\n"), os._exit(130)))
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"interrupted\n"), os._exit(130)))
 
 import contextlib
 import dataclasses
@@ -260,19 +262,22 @@ def train(acts, device, out, config, spare, baseline, resume, init_from, save_mi
     cfg = msae.TrainConfig.from_dict(settings if spare is None else {**settings, "n_latents_start": None})
     cfg = cfg if spare is None else dataclasses.replace(cfg, n_latents_start=cfg.n_latents + round(spare * cfg.n_latents))
     beside = Path(f"{Path(acts)}.json")
-    origin = msae.read_json(beside) if beside.is_file() else {}
+    about = msae.read_json(beside) if beside.is_file() else {}
+    about = {key: about[key] for key in ORIGIN if key in about}
     with processes(device) as (device, first):
         rows, held_out = msae.Rows(acts).split_off(0.1, cfg.seed)
         folder = Path(out or default_folder(f"runs/{Path(acts).stem}-{cfg.n_latents}", existing=resume))
         figures = {}
         for name, own, where in (("matryoshka", cfg, folder), ("vanilla", cfg.vanilla(), folder / "vanilla"))[: 1 + baseline]:
             again = resume and (name == "matryoshka" or (where / msae.STATE).exists())
+            start = None if again or name == "vanilla" else init_from
             with resume_hint(where, folder, out), progress() as bar:
-                sae = msae.train(rows, own, device=device, out=where, resume=again, save_minutes=save_minutes,
-                                 metadata={name: origin[name] for name in ORIGIN if name in origin},
-                                 init_from=init_from if name == "matryoshka" and not again else None, on_log=bar.reporter(name if baseline else "train", own) if first else None)
+                show = bar.reporter(name if baseline else "train", own) if first else None
+                sae = msae.train(rows, own, device=device, out=where, resume=again, init_from=start, save_minutes=save_minutes,
+                                 on_log=show, metadata=about)
             if first:
-                msae.write(where / EVAL, figures.setdefault(name, msae.evaluate(sae, held_out)))
+                figures[name] = msae.evaluate(sae, held_out)
+                msae.write(where / EVAL, figures[name])
     if first:
         console.print(figures_table(figures))
         click.echo("dead: latents that never fire on these rows; cosine: mean over latents of the largest with another decoder row\n"
@@ -353,6 +358,10 @@ def tiny_model(path, layer, device):
     return model.to(device), model.layers[layer]
 
 
+def hook_name(model, layer):
+    return f"torso.{layer}.input" if layer < len(model.torso) else "lm_head.input"
+
+
 def token_batches(path, model):
     """A function that starts reading the token file, or the published one of that name, anew."""
     if path in DATASET[1:] and not Path(path).exists():
@@ -393,9 +402,13 @@ def harvest(model_path, layer, device, tokens, max_rows, dtype, out):
     started = time.monotonic()
     with progress() as bar:
         show = bar.line("harvest", total)
-        n = msae.harvest(model, module, batches(), out, at="input", drop=drop, dtype=dtype, max_rows=max_rows,
-                         on_rows=lambda n: show(n, rate := max(n, 1) / max(time.monotonic() - started, 1e-9), (total - n) / rate, f"{n:,}/{total:,} rows"))
-    about = {"model_name": Path(model_path).name, "hook_name": f"torso.{layer}.input" if layer < len(model.torso) else "lm_head.input", "dataset": tokens}
+
+        def on_rows(n):
+            rate = max(n, 1) / max(time.monotonic() - started, 1e-9)
+            show(n, rate, (total - n) / rate, f"{n:,}/{total:,} rows")
+
+        n = msae.harvest(model, module, batches(), out, at="input", drop=drop, dtype=dtype, max_rows=max_rows, on_rows=on_rows)
+    about = {"model_name": Path(model_path).name, "hook_name": hook_name(model, layer), "dataset": tokens if Path(tokens).exists() else DATASET[0]}
     if model_path in msae.SHA256:
         about["base_model"] = msae.TINY_MODEL[0]
     msae.write(f"{out}.json", about)
@@ -421,11 +434,16 @@ def evaluate(checkpoints, acts, labels, tokens, max_tokens, model_path, layer, d
       python cli.py eval runs/acts-3072 --acts held.npy --tokens validation.jsonl --layer 3
     """
     rows, device, results = msae.Rows(acts), msae.check_device(device), {}
-    y = None if labels is None else msae.label_matrix(msae.read_npy(labels), len(rows))[0].numpy()
+    if labels:
+        labels = msae.read_npy(labels)
+        msae.label_matrix(labels, len(rows))
     saes = {path: msae.MatryoshkaSAE.load(path) for path in checkpoints}
     if tokens:
         model, module = tiny_model(model_path, layer, device)
         batches = token_batches(tokens, model)
+        for path, sae in saes.items():
+            if sae.metadata.get("hook_name", hook_name(model, layer)) != hook_name(model, layer):
+                raise click.BadParameter(f"{layer} is not where {path} was trained, {sae.metadata['hook_name']}", param_hint="--layer")
     files = [Path(out)] if out else [Path(path) / EVAL for path in saes if Path(path).is_dir()]
     for file in files:
         msae.output_folder(file.parent)
@@ -433,20 +451,22 @@ def evaluate(checkpoints, acts, labels, tokens, max_tokens, model_path, layer, d
         found = results[path] = {"checkpoint": path, "acts": acts, **msae.evaluate(sae.to(device), rows)}
         if tokens:
             found["loss"] = msae.loss_recovered(model, module, sae, limited(batches(), max_tokens), drop=(msae.BEGIN, msae.PAD))
-        if labels:
+        if labels is not None:
             chosen = np.sort(np.random.default_rng(0).permutation(len(rows))[:20_000])
-            found["labels"] = msae.probe(sae.cpu(), torch.from_numpy(rows.take(chosen)), y[chosen])
+            found["labels"] = msae.probe(sae.cpu(), torch.from_numpy(rows.take(chosen)), labels.reshape(len(rows), -1)[chosen])
     names = short_names(checkpoints)
     console.print(figures_table({names[path]: found for path, found in results.items()}, "rows"))
     console.print(frequency_bars({names[path]: found for path, found in results.items()}))
     for path, found in results.items():
         if tokens:
             console.print(loss_table(names[path], found["loss"]))
-        if labels:
+        if labels is not None:
             console.print(label_table(names[path], found["labels"]))
-    contents = [found for path, found in results.items() if out or Path(path).is_dir()]
-    for file, content in zip(files, [contents] if out and len(contents) > 1 else contents):
-        msae.write(file, content)
+    for path, found in results.items():
+        if not out and Path(path).is_dir():
+            msae.write(Path(path) / EVAL, found)
+    if out:
+        msae.write(out, found if len(results) == 1 else list(results.values()))
     click.echo(f"wrote {', '.join(map(str, files)) or 'nothing: no folder, no --out'}")
 
 
@@ -535,8 +555,8 @@ def bench(latents, d_model, batch_size, k, steps, device, dtype):
     table.add_row("encoder product alone", f"{1e3 * alone:.1f} ms")
     table.add_row("training step", f"{1e3 * step:.1f} ms, {step / alone:.2f} x the product")
     table.add_row("rows per second", f"{batch_size / step:,.0f}")
-    table.add_row("peak memory", f"{peak / 2**20:,.0f} MiB" if peak else "not known here")
-    console.print(f"batch {batch_size:,}, width {d_model:,}, {latents:,} latents, k {k:g}, {len(trainer.prefixes())} prefixes, "
+    table.add_row("peak memory of this process", f"{peak / 2**20:,.0f} MiB" if peak else "not known here")
+    console.print(f"batch {batch_size:,}, width {d_model:,}, {latents:,} latents, k {k:g}, {len(trainer.step_prefixes())} prefixes, "
                   f"{trainer.dtype} on {device}", highlight=False)
     console.print(table)
 
@@ -598,7 +618,7 @@ codes = sae.encode(torch.randn(8, {D}))
 recon = sae.decode(codes)
 ```
 """
-HELD_OUT = """On {:,} rows that training did not see. FVU: squared error over variance; L0: active latents per row;
+LEGEND = """On {:,} rows {}. FVU: squared error over variance; L0: active latents per row;
 dead: latents that never fire; cosine: mean over latents of the largest with another decoder row."""
 
 
@@ -631,18 +651,20 @@ def push(checkpoint, repo, private, revision, commit_message, create_pr, token, 
     files = {name: (folder / name).read_bytes() for name in (msae.WEIGHTS, msae.CONFIG)}
     files["config.json"] = files[msae.CONFIG]  # the Hub counts downloads by it
     files.update({name: (folder / name).read_bytes() for name in (msae.METRICS, EVAL) if (folder / name).is_file()})
-    with msae.hub_errors(f"{folder} cannot be pushed to {repo}"):
+    problem = f"{folder} cannot be pushed to {repo}"
+    with msae.hub_errors(problem):
         from huggingface_hub import CommitOperationAdd, HfApi
         from huggingface_hub.utils import validate_repo_id
         validate_repo_id(repo)
         api = HfApi(token=token)
         if "/" not in repo:
             repo = f"{'YOUR_NAME' if dry_run else api.whoami()['name']}/{repo}"
-        files["README.md"] = model_card(sae, folder, repo, license, revision).encode()
-        if dry_run:
-            console.print(f"would push {folder} to {repo}, in one commit:", highlight=False, soft_wrap=True)
-            click.echo("".join(f"{len(content):>13,}  {name}\n" for name, content in files.items()) + f"\n{files['README.md'].decode()}")
-            return
+    files["README.md"] = model_card(sae, folder, repo, license, revision).encode()
+    if dry_run:
+        click.echo(f"would push {folder} to {repo}, in one commit:")
+        click.echo("".join(f"{len(content):>13,}  {name}\n" for name, content in files.items()) + f"\n{files['README.md'].decode()}")
+        return
+    with msae.hub_errors(problem):
         api.create_repo(repo, private=private, exist_ok=True)
         if revision and not api.revision_exists(repo, revision):
             api.create_branch(repo, branch=revision)
@@ -661,9 +683,10 @@ def newest_checkpoint():
 
 def model_card(sae, folder, repo, license, revision=None):
     """The README.md of ``repo``; its figures are those of eval.json in ``folder``, or the last of metrics.jsonl."""
-    known, settings = sae.metadata, sae.metadata.get("training")
-    facts = {**{name: known.get(name) or "not recorded" for name in ORIGIN}, "k": known.get("k"),
-             "settings": isinstance(settings, dict) and ", ".join(f"{name} {value}" for name, value in settings.items() if value is not None)}
+    known = sae.metadata
+    facts = {**{name: known.get(name) or "not recorded" for name in ORIGIN}, "k": known.get("k")}
+    if isinstance(known.get("training"), dict):
+        facts["settings"] = ", ".join(f"{name} {value}" for name, value in known["training"].items() if value is not None)
     at = f", revision={revision!r}" if revision else ""
     figures = "There was no evaluation on held-out rows."
     try:
@@ -671,7 +694,7 @@ def model_card(sae, folder, repo, license, revision=None):
             found = msae.read_json(folder / EVAL)
             *inner, whole = [f"| {p['latents']:,} | {p['fvu']:.4f} | {p['l0']:.2f} |" for p in found["prefixes"]]
             figures = "\n".join(["| latents | FVU | L0 | dead | cosine |", "|---|---|---|---|---|", *(f"{row} | |" for row in inner),
-                                 f"{whole} {found['dead']:.2%} | {found['max_cosine']:.3f} |", "", HELD_OUT.format(found["rows"])])
+                                 f"{whole} {found['dead']:.2%} | {found['max_cosine']:.3f} |", "", LEGEND.format(found["rows"], f"of {found['acts']}" if "acts" in found else "that training did not see")])
         elif (folder / msae.METRICS).is_file() and (lines := (folder / msae.METRICS).read_text().splitlines()):
             last = json.loads(lines[-1])
             figures += f" On a training batch at step {last['step']:,}: FVU {last['fvu']:.4f}, L0 {last['l0']:.2f}, dead {last['dead']:.2%}."

@@ -98,7 +98,7 @@ class TrainConfig:
             ("betas", len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas), "be two numbers in [0, 1)"),
             ("warmup_steps", (self.warmup_steps or 0) >= 0, "not be negative"),
             ("decay_fraction", 0 <= self.decay_fraction <= 1, "lie in [0, 1]"),
-            ("k_anneal_steps", self.k_anneal_steps >= 0, "not be negative"),
+            ("k_anneal_steps", self.k_anneal_steps >= (self.k_start is not None), "be at least 1 with k_start, else at least 0"),
             ("n_latents_start", (self.n_latents_start or F) >= F, f"be at least n_latents={F}"),
             ("prune_window", len(window) == 2 and 0 <= window[0] < window[1] <= 1, "be two increasing fractions"),
             ("aux_coef", self.aux_coef >= 0, "not be negative"),
@@ -166,11 +166,12 @@ def _require(ok, rule, value):
 
 def _check_type(field, value):
     kinds = typing.get_args(field.type) or (field.type,)
-    numbers = value if isinstance(value, tuple) else () if isinstance(value, (str, type(None))) else (value,)
-    ok = isinstance(value, (int, *kinds) if float in kinds else kinds)
-    ok = ok and all(isinstance(v, (int, float)) and not isinstance(v, bool) and abs(v) < 2**63 for v in numbers)
+    fits = isinstance(value, kinds) or float in kinds and isinstance(value, int)
+    if fits and not isinstance(value, (str, type(None))):
+        numbers = value if isinstance(value, tuple) else (value,)
+        fits = all(isinstance(v, (int, float)) and not isinstance(v, bool) and abs(v) < 2**63 for v in numbers)
     names = {int: "a whole number", float: "a number", str: "a string", tuple: "a list of numbers", type(None): "null"}
-    _require(ok, f"{field.name} must be {' or '.join(names[kind] for kind in kinds)}, numbers below 2^63", repr(value))
+    _require(fits, f"{field.name} must be {' or '.join(names[kind] for kind in kinds)}, numbers below 2^63", repr(value))
 
 
 # ---------------------------------------------------------------------------------------------------------- 2. prefixes
@@ -238,6 +239,9 @@ def largest(values, n):
     ties = (values == cut).nonzero().squeeze(1)
     keep[ties[: n - int(keep.sum())]] = True
     return keep.nonzero().squeeze(1)
+
+
+CACHED = 1 << 19  # numbers in the blocks that the sparse step works on, 2 MiB: their next use finds them in the cache
 
 
 def sparse_topk(x, W_enc, b_enc, n, floor=0.0):
@@ -308,8 +312,7 @@ class MatryoshkaSAE(nn.Module):
 
     def pre_acts(self, x, prefix=None):
         """``relu((x - b_dec) @ W_enc + b_enc)`` of the first ``prefix`` latents (default all): (..., D) -> (..., prefix)."""
-        if x.shape[-1] != len(self.b_dec):
-            raise ValueError(f"the last dimension of x must be the model width {len(self.b_dec)}, got shape {tuple(x.shape)}")
+        _require(x.shape[-1:] == self.b_dec.shape, f"the last dimension of x must be the model width {len(self.b_dec)}", tuple(x.shape))
         return torch.relu((x.to(self.b_dec.dtype) - self.b_dec) @ self.W_enc[:, :prefix] + self.b_enc[:prefix])
 
     def encode(self, x, prefix=None):
@@ -336,7 +339,7 @@ class MatryoshkaSAE(nn.Module):
 
     def to_dictionary_learning(self, folder):
         """Write ``ae.pt`` and ``config.json``, as dictionary_learning 0.1 (``load_dictionary``) and ``load`` read them; k is rounded."""
-        folder, k, sizes = Path(folder), max(1, round(self.metadata.get("k", 1))), np.diff(self.prefixes, prepend=0).tolist()
+        folder, k, sizes = Path(folder), max(1, round(self.metadata.get("k") or 1)), np.diff(self.prefixes, prepend=0).tolist()
         folder.mkdir(parents=True, exist_ok=True)
         more = {"threshold": self.threshold.float().cpu(), "k": torch.tensor(k, dtype=torch.int32), "group_sizes": torch.tensor(sizes)}
         trainer = {"dict_class": DICT_CLASS, "activation_dim": len(self.b_dec), "dict_size": len(self.b_enc), "k": k,
@@ -379,7 +382,7 @@ class MatryoshkaSAE(nn.Module):
         tensors, cfg, path = read_checkpoint(hub_folder(source, revision))
         D, F, metadata = cfg.get("d_in"), cfg.get("d_sae"), cfg.get("metadata") or {}
         _require(all(isinstance(n, int) and n > 0 for n in (D, F)), f"d_in and d_sae beside {path} must be whole numbers above 0", (D, F))
-        prefixes = metadata.get("prefixes") if isinstance(metadata, dict) else metadata
+        prefixes = metadata.get("prefixes") if isinstance(metadata, dict) else 0
         _require(prefixes is None or isinstance(prefixes, list) and all(isinstance(p, int) for p in prefixes),
                  f"metadata beside {path} must be an object whose prefixes are whole numbers", repr(prefixes))
         shapes = {"W_enc": (D, F), "b_enc": (F,), "W_dec": (F, D), "b_dec": (D,), "threshold": (F,)}
@@ -391,7 +394,7 @@ class MatryoshkaSAE(nn.Module):
         sae = cls(D, p, [*(n for n in fixed_prefixes(F, prefixes) if n < p), p])
         sae.load_state_dict({"W_enc": tensors["W_enc"][:, :p], "b_enc": tensors["b_enc"][:p], "W_dec": tensors["W_dec"][:p],
                              "b_dec": tensors["b_dec"], "threshold": threshold[0]})
-        sae.metadata = {name: value for name, value in metadata.items() if name not in ("sae_lens_version", "prefixes")}
+        sae.metadata = {name: value for name, value in metadata.items() if name not in ("sae_lens_version", "prefixes", *(("k",) if p < F else ()))}
         return sae.to(device)
 
 
@@ -412,9 +415,6 @@ def nested_loss(x, acts, W_dec, b_dec, prefixes, weights=None):
         loss = loss + weight * (x - recon).pow(2).sum(dim=1).mean()
         start = end
     return loss
-
-
-CACHED = 1 << 19  # numbers in the blocks that the sparse step works on, 2 MiB: their next use finds them in the cache
 
 
 def sparse_loss(x, values, latent, ends, W_dec, weights, G):
@@ -474,12 +474,6 @@ def write_gradients(sae, x, values, d_values, cell, latent, G):
     torch.sub(G[:, 0].sum(dim=0), sae.W_enc @ sae.b_enc.grad, out=sae.b_dec.grad)
 
 
-def transpose_(parameter):
-    """Transpose a parameter and its gradient, as views of the same memory."""
-    grad, parameter.grad = parameter.grad, None
-    parameter.data, parameter.grad = parameter.data.T, grad.T
-
-
 def aux_loss(sae, x, residual, dead):
     """AuxK: how badly the dead latents reconstruct ``residual`` (B, D), which carries no gradient: (scalar, about 1).
 
@@ -533,8 +527,7 @@ class Trainer:
 
     def step(self, x):
         """Take one optimizer step on raw rows ``x`` (B, D); return the loss, a scalar on the device."""
-        if (n := self.cfg.latents_at(self.steps_done)) < len(self.energy):
-            self.prune(n)
+        _require(x.shape[1:] == self.sae.b_dec.shape, f"rows must have the shape (B, {len(self.sae.b_dec)})", tuple(x.shape))
         x = x.to(self.device, torch.float32, non_blocking=True) / self.scale
         values, index, loss = self.sparse_step(x) if self.sparse else self.dense_step(x)
         dead = (self.rows_silent >= self.cfg.dead_after).nonzero().squeeze(1)
@@ -545,17 +538,19 @@ class Trainer:
             average(seen, *(parameter.grad for parameter in self.sae.parameters()))
         self.optimize()
         self.track(seen, len(x) * self.world)
+        if (n := self.cfg.latents_at(self.steps_done)) < len(self.energy):
+            self.prune(n)
         return seen[-1]
 
     @torch.no_grad()
     def sparse_step(self, x):
         """Write the gradients of the nested loss: (active values (n,), their row-major positions (n,), loss)."""
         sae, (n, floor), order, F = self.sae, self.selection(x), self.prefix_order(), len(self.energy)
-        x, prefixes, weights = x - sae.b_dec, self.prefixes(), self.cfg.weights()
+        x, prefixes, weights = x - sae.b_dec, self.step_prefixes(), self.cfg.weights()
         values, index = sparse_topk(x, sae.W_enc, sae.b_enc, n, floor)
         latent, key = index % F, index
         if order is not None:  # within each row, by position
-            key, by_key = (index - latent + torch.empty_like(order).index_copy_(0, order, torch.arange(F))[latent]).sort()
+            key, by_key = (index - latent + order.argsort()[latent]).sort()
             values, index, latent = values[by_key], index[by_key], latent[by_key]
         block_ends = (torch.arange(0, len(x) * F, F)[:, None] + torch.tensor(prefixes)).flatten()
         ends = nn.functional.pad(torch.searchsorted(key, block_ends), (1, 0))
@@ -573,9 +568,10 @@ class Trainer:
         with self.autocast():
             pre = sae.pre_acts(x)
             index = batch_topk(pre, *self.selection(x))
-            acts = pre * torch.zeros_like(pre).view(-1).index_fill_(0, index, 1.0).view_as(pre)
+            kept = torch.zeros_like(pre).view(-1).index_fill_(0, index, 1.0).view_as(pre)
+            acts = pre * kept
             acts_in_order, W_dec = (acts, sae.W_dec) if order is None else (acts[:, order], sae.W_dec[order])
-            loss = nested_loss(x, acts_in_order, W_dec, sae.b_dec, self.prefixes(), self.cfg.weights())
+            loss = nested_loss(x, acts_in_order, W_dec, sae.b_dec, self.step_prefixes(), self.cfg.weights())
         self.scaler.scale(loss).backward()
         return acts.detach().view(-1)[index], index, loss.detach()
 
@@ -589,7 +585,7 @@ class Trainer:
         self.scaler.scale(loss).backward()
         return loss.detach()
 
-    def prefixes(self):
+    def step_prefixes(self):
         """This step's prefix lengths: the fixed ones, or a fresh Pareto draw. The last takes in the spare latents."""
         cfg, levels = self.cfg, self.cfg.levels()
         if cfg.n_prefixes is not None:
@@ -610,11 +606,13 @@ class Trainer:
         """
         keep, sae = self.energy.topk(n).indices.sort().values, self.sae
         self.rows_silent, self.energy = self.rows_silent[keep], self.energy[keep]
-        self.optimizer.zero_grad()
+        transpose_(sae.W_enc)
         for parameter in (sae.W_enc, sae.b_enc, sae.W_dec):
-            state = self.optimizer.state[parameter]
-            parameter.data = parameter.data.T[keep].T if parameter is sae.W_enc else parameter.data[keep]
+            state, grad, parameter.grad = self.optimizer.state[parameter], parameter.grad, None
+            parameter.data = parameter.data[keep]
+            parameter.grad = None if grad is None else grad[keep]
             state.update({name: state[name][keep] for name in ("exp_avg", "exp_avg_sq")})
+        transpose_(sae.W_enc)
 
     def prefix_order(self):
         """Index map from prefix position to latent (F,), or None when prefixes run over the latents as stored."""
@@ -629,7 +627,7 @@ class Trainer:
             grad.addcmul_((grad * w).sum(dim=1, keepdim=True), w, value=-1)
         grads = [parameter.grad for parameter in self.sae.parameters()]
         shrink = (self.cfg.clip / nn.utils.get_total_norm(grads)).clamp(max=1.0)
-        if self.device.type != "cpu" or shrink < 1:  # rarely needed, but asking would stall a GPU
+        if self.device.type != "cpu" or shrink < 1:  # a pass over all gradients, saved on the CPU
             torch._foreach_mul_(grads, shrink)
         self.optimizer.param_groups[0]["lr"] = self.cfg.lr_at(self.steps_done)
         transpose_(self.sae.W_enc)  # to (F, D), as it is stored: of any other order fused Adam copies the gradient, 3 of 105 ms
@@ -711,9 +709,9 @@ class Trainer:
     def load_state_dict(self, state):
         """Go on from ``state``, bit for bit on the CPU; ``ValueError`` names a tensor in it that is missing, misshapen or not finite."""
         done, last = state.get("steps_done", torch.tensor([])), self.cfg.steps
-        _require(kind(done) == "int64 ()" and 0 <= done <= last, f"steps_done in {STATE} must be one whole number in [0, {last}]", done)
-        self.prune(self.cfg.latents_at(max(0, int(done) - 1)))
-        check_tensors(state, {name: kind(tensor) for name, tensor in self.state_dict().items()}, STATE)
+        _require(dtype_and_shape(done) == "int64 ()" and 0 <= done <= last, f"steps_done in {STATE} must be one whole number in [0, {last}]", done)
+        self.prune(self.cfg.latents_at(int(done)))
+        check_tensors(state, {name: dtype_and_shape(tensor) for name, tensor in self.state_dict().items()}, STATE)
         _require(state["scale"] > 0, f"scale in {STATE} must be positive", float(state["scale"]))
         for name, parameter in self.sae.named_parameters():
             value, moments = state[name].to(self.device), self.optimizer.state[parameter]
@@ -741,26 +739,14 @@ def train(acts, cfg, *, device="cpu", out=None, resume=False, init_from=None, sa
     """
     device, (rank, world) = check_device(device), process_place()
     _require(not resume or out is not None and init_from is None, "resume needs out and no init_from", (out, init_from))
-    _require(save_minutes >= 0, "save_minutes must not be negative", save_minutes)
+    _require(save_minutes >= 0 and log_every >= 1, "save_minutes must be at least 0 and log_every 1", (save_minutes, log_every))
     trainer, data, aside, origin = _begin(acts, cfg, device, world)
     if resume:
         trainer.load_state_dict(load_state(out, origin))
     elif init_from is not None:
         trainer.start_from(MatryoshkaSAE.load(init_from, device))
     batches = data.batches(cfg.batch_size // world, cfg.seed, trainer.steps_done, rank, world)
-    claim = claimed_folder(out, own=None if resume else {f".{STATE}.tmp"}) if out is not None and rank == 0 else contextlib.nullcontext()
-
-    def checkpoint():
-        sae = trainer.export()
-        sae.metadata.update(metadata or {})
-        sound = sae.W_dec.any(dim=1).all() and all(tensor.isfinite().all() for tensor in sae.state_dict().values())
-        _require(sound, f"training diverged by step {trainer.steps_done}, try a lower lr: weights", "NaN, infinity or decoder rows of 0")
-        if trainer.steps_done:
-            calibrate(sae, aside, cfg.k)
-        if folder:
-            save_state(folder, trainer.state_dict(), origin)
-            sae.save(folder)
-        return sae
+    claim = claimed_folder(out, own=None if resume else ()) if out is not None and rank == 0 else contextlib.nullcontext()
 
     def report(x, loss, rate):
         figures = {"step": trainer.steps_done, "loss": loss, **trainer.measure(x[:512]), "rows_per_second": round(rate)}
@@ -770,6 +756,7 @@ def train(acts, cfg, *, device="cpu", out=None, resume=False, init_from=None, sa
             on_log(figures)
 
     with claim as folder, metrics_file(folder, trainer.steps_done) as metrics, deferred_signals() as received:
+        checkpoint = functools.partial(_checkpoint, trainer, aside, folder, origin, metadata or {})
         if folder and not resume:
             checkpoint()
         logged, saved, first, stop = time.monotonic(), time.monotonic(), trainer.steps_done, False
@@ -785,18 +772,23 @@ def train(acts, cfg, *, device="cpu", out=None, resume=False, init_from=None, sa
                 if folder:
                     checkpoint()
                 raise
-            log = trainer.steps_done % log_every == 0 or trainer.steps_done == cfg.steps
-            due = time.monotonic() - saved > 60 * save_minutes
-            if log:
+            if trainer.steps_done % log_every == 0 or trainer.steps_done == cfg.steps:
                 _require(math.isfinite(loss), f"training diverged by step {trainer.steps_done}, try a lower lr: loss", float(loss))
                 report(x, float(loss), (trainer.steps_done - first) * cfg.batch_size / (time.monotonic() - logged))
                 logged, first = time.monotonic(), trainer.steps_done
-            if due and folder:
+            if folder and time.monotonic() - saved > 60 * save_minutes and trainer.steps_done < cfg.steps:
                 checkpoint()
                 saved = time.monotonic()
         if stop and not received:
             received.append(signal.SIGTERM)  # another process got it
         return checkpoint()
+
+
+def transpose_(parameter):
+    """Transpose a parameter and its gradient, as views of the same memory."""
+    grad, parameter.grad = parameter.grad, None
+    parameter.data = parameter.data.T
+    parameter.grad = None if grad is None else grad.T
 
 
 def _begin(acts, cfg, device, world):
@@ -812,8 +804,34 @@ def _begin(acts, cfg, device, world):
              "their root mean squared distance from their mean", scale)
     trainer = Trainer(cfg, data.d_model, device, mean, scale)
     origin = {**dataclasses.asdict(cfg), "rows": len(data) if isinstance(data, Rows) else None, "width": data.d_model,
-              "checksum of a sample of the rows": hashlib.sha256(sample.numpy()).hexdigest()[:16], "processes": world}
+              "checksum of a sample of the rows": hashlib.sha256(sample.cpu().numpy()).hexdigest()[:16], "processes": world}
     return trainer, data, aside.sample(ASIDE, cfg.seed), origin
+
+
+def _checkpoint(trainer, aside, folder, origin, metadata):
+    """The SAE as it is now, calibrated on rows ``aside``; written to ``folder``, if any, with the state to resume from."""
+    sae = trainer.export()
+    sae.metadata.update(metadata)
+    sound = sae.W_dec.any(dim=1).all() and all(tensor.isfinite().all() for tensor in sae.state_dict().values())
+    _require(sound, f"training diverged by step {trainer.steps_done}, try a lower lr: weights", "NaN, infinity or decoder rows of 0")
+    if trainer.steps_done:
+        calibrate(sae, aside, trainer.cfg.k)
+    if folder:
+        write(folder / STATE, save(trainer.state_dict(), {"origin": json.dumps(origin)}))
+        sae.save(folder)
+    return sae
+
+
+@torch.no_grad()
+def calibrate(sae, rows, k, batch_size=2048):
+    """Set the threshold so that on raw ``rows`` (n, D) the mean L0 is ``k``, or all positive entries where they are fewer."""
+    n, floor = round(k * len(rows)), 0.5 * float(sae.threshold)
+    for floor in (floor, 0.0):
+        above = torch.cat([pre[pre > floor] for pre in (sae.pre_acts(x.to(sae.b_dec.device)) for x in rows.split(batch_size))])
+        if len(above) > n:
+            sae.threshold.copy_(above.topk(n + 1).values[-1])
+            return
+    sae.threshold.zero_()
 
 
 def process_place():
@@ -823,7 +841,7 @@ def process_place():
 
 
 def average(*tensors):
-    """Replace each tensor by its mean over the processes; ``ConnectionError`` if one of them is gone."""
+    """Replace each tensor by its mean over the processes; ``ConnectionError`` if one of them is gone (gloo; NCCL ends the process)."""
     for tensor in tensors:
         try:
             distributed.all_reduce(tensor if tensor.is_contiguous() else tensor.T)
@@ -848,12 +866,13 @@ def deferred_signals():
     received, old = [], {}
 
     def note(number, frame):
-        if number == signal.SIGINT in received:
+        if number == signal.SIGINT and number in received:
             raise KeyboardInterrupt
         received.append(number)
 
     if threading.current_thread() is threading.main_thread():
         old = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        old = {number: handler for number, handler in old.items() if handler is not signal.SIG_IGN}
     for number in old:
         signal.signal(number, note)
     try:
@@ -879,8 +898,8 @@ def evaluate(sae, rows, batch_size=4096):
     """
     rows = rows if isinstance(rows, Rows) else Rows(rows)
     levels, device = sae.prefixes, sae.b_dec.device
-    error, active = torch.zeros(2, len(levels), dtype=torch.float64)
-    fired = torch.zeros(len(sae.b_enc), dtype=torch.float64, device=device)  # rows in which each latent is active
+    error = torch.zeros(len(levels), dtype=torch.float64)
+    fired = torch.zeros(len(sae.b_enc), dtype=torch.long, device=device)  # rows in which each latent is active
     sums, squares = torch.zeros(rows.d_model, dtype=torch.float64), 0.0
     for x in rows.chunks(batch_size):
         x = x.to(device)
@@ -889,15 +908,15 @@ def evaluate(sae, rows, batch_size=4096):
         for i, end in enumerate(levels):
             recon = recon + acts[:, start:end] @ sae.W_dec[start:end]
             error[i] += float((x - recon).pow(2).sum(dim=1).cpu().double().sum())
-            active[i] += int((acts[:, :end] > 0).sum())
             start = end
         offset = (x - sae.b_dec).cpu().double()  # near the mean, so that the variance does not cancel
         sums += offset.sum(dim=0)
         squares += float(offset.pow(2).sum())
     total = squares - float(sums.pow(2).sum()) / len(rows)
     fvu = [e / total if total > 0 else math.nan for e in error.tolist()]
-    l0, cosines = (active / len(rows)).tolist(), [max_cosine(sae.W_dec[:p]) for p in levels]
-    counts, edges = np.histogram((fired[fired > 0] / len(rows)).log10().cpu().numpy(), bins=16, range=(-8, 0))
+    fired = fired.cpu().double()
+    l0, cosines = [float(fired[:p].sum()) / len(rows) for p in levels], [max_cosine(sae.W_dec[:p]) for p in levels]
+    counts, edges = np.histogram((fired[fired > 0] / len(rows)).log10().numpy(), bins=16, range=(-8, 0))
     return {"rows": len(rows), "fvu": fvu[-1], "l0": l0[-1], "dead": float((fired == 0).double().mean()), "max_cosine": cosines[-1],
             "prefixes": [{"latents": p, "fvu": f, "l0": a, "max_cosine": c} for p, f, a, c in zip(levels, fvu, l0, cosines)],
             "frequencies": {"edges": (10.0**edges).tolist(), "counts": counts.tolist()}}
@@ -908,9 +927,12 @@ def loss_recovered(model, module, sae, batches, at="input", drop=()):
     """Cross-entropy of ``model``, in nats per next token, with the stream at ``module`` replaced: by nothing, zeros, and ``sae``.
 
     ``batches`` of token ids (B, T); positions whose id is in ``drop`` keep their stream and are not predicted. Returns
-    {"clean", "zeroed", "prefixes": [{"latents", "spliced", "recovered"}]}, ``recovered = (zeroed - spliced) / (zeroed - clean)``.
+    {"clean", "zeroed", "tokens": how many, "prefixes": [{"latents", "spliced", "recovered"}]}, ``recovered = (zeroed - spliced) / (zeroed - clean)``.
     """
-    swaps = [None, torch.zeros_like, *(lambda x, p=p: sae.decode(sae.encode(x, p)) for p in sae.prefixes)]
+    def splice(prefix):
+        return lambda x: sae.decode(sae.encode(x, prefix))
+
+    swaps = [None, torch.zeros_like, *map(splice, sae.prefixes)]
     sums, n, device = [0.0] * len(swaps), 0, next(model.parameters()).device
     for ids in batches:
         ids = ids.to(device)
@@ -919,16 +941,13 @@ def loss_recovered(model, module, sae, batches, at="input", drop=()):
         n += len(target)
         for i, swap in enumerate(swaps):
             with activation_hook(module, at, swap and (lambda x, swap=swap: torch.where(keep[..., None], swap(x), x))):
-                logits = _logits(model(ids))[:, :-1][keep[:, 1:]]
+                output = model(ids)
+            logits = getattr(output, "logits", output)[:, :-1][keep[:, 1:]]
             sums[i] += float(nn.functional.cross_entropy(logits.float(), target, reduction="sum"))
     _require(n > 0, "the batches must have tokens to predict, number of them", n)
     clean, zeroed, *spliced = (total / n for total in sums)
     return {"clean": clean, "zeroed": zeroed, "tokens": n,
-            "prefixes": [{"latents": p, "spliced": s, "recovered": (zeroed - s) / (zeroed - clean)} for p, s in zip(sae.prefixes, spliced)]}
-
-
-def _logits(output):
-    return getattr(output, "logits", output)
+            "prefixes": [{"latents": p, "spliced": s, "recovered": (zeroed - s) / (zeroed - clean or math.nan)} for p, s in zip(sae.prefixes, spliced)]}
 
 
 def logistic_regression(x, y, l2=1e-3, steps=100):
@@ -999,15 +1018,16 @@ def sparse_probing(sae, difference, train, test, seen, most):
     weights and demand that an absorbing latent be found.
     """
     (x, y), (x_test, y_test), p = train, test, difference.shape[1]
-    top, scores = difference.abs().topk(min(most, p), dim=1).indices, []  # (C, most)
-    codes, codes_test = _columns(sae, x, top), _columns(sae, x_test, top)  # (C, n, most)
+    top, main, scores = difference.abs().topk(min(most, p), dim=1).indices, difference.argmax(dim=1, keepdim=True), []  # (C, most), (C, 1)
+    codes = _columns(sae, x, top)  # (C, n, most)
+    *codes_test, main_codes = _columns(sae, x_test, torch.cat([top, main], dim=1)).unbind(dim=2)
+    codes_test = torch.stack(codes_test, dim=2)
     for k in range(1, top.shape[1] + 1):
         scores.append(probe_scores(probe_logits(codes_test[:, :, :k], *logistic_regression(codes[:, :, :k], y)) > 0, y_test))
     gains = torch.stack([score["f1"] for score in scores]).diff(dim=0) > 0.03
-    silent = _columns(sae, x_test, difference.argmax(dim=1)[:, None])[:, :, 0] == 0
     positives = y_test.T & seen
-    absorbed = (positives & silent).sum(1) / positives.sum(1)
-    return {"latents": p, "absorption": _mean(absorbed), "absorption_by_label": absorbed.tolist(),
+    absorbed = (positives & (main_codes == 0)).sum(1) / positives.sum(1)
+    return {"latents": p, "absorption": _mean(absorbed), "absorption_by_label": [None if math.isnan(rate) else rate for rate in absorbed.tolist()],
             "splitting": _mean(1.0 + gains.cumprod(dim=0).sum(0)),
             "probes": [{"k": k, "accuracy": _mean(score["accuracy"]), "f1": _mean(score["f1"])} for k, score in enumerate(scores, 1)]}
 
@@ -1040,29 +1060,17 @@ def _columns(sae, rows, latents, size=2048):
 
 def label_matrix(labels, n):
     """``labels``, (n,) whole numbers or (n, C) of 0 and 1, as a boolean matrix (n, C) and the names of its columns."""
-    labels = labels if isinstance(labels, torch.Tensor) else torch.from_numpy(np.array(labels))
-    labels = labels.flatten() if labels.numel() == n else labels
-    whole = not labels.is_floating_point() and not labels.is_complex()
-    _require(whole and labels.dim() in (1, 2) and len(labels) == n, f"labels must be whole numbers ({n},) or 0 and 1 ({n}, C)",
-             f"{labels.dtype} {tuple(labels.shape)}")
+    labels = labels.cpu().numpy() if isinstance(labels, torch.Tensor) else np.asarray(labels)
+    labels = labels.flatten() if labels.size == n else labels
+    _require(labels.dtype.kind in "iub" and labels.ndim in (1, 2) and len(labels) == n, f"labels must be whole numbers ({n},) or 0 and 1 ({n}, C)",
+             f"{labels.dtype} {labels.shape}")
+    labels = torch.from_numpy(labels.astype(np.int64))
     if labels.dim() == 2:
         _require(bool(((labels == 0) | (labels == 1)).all()), "labels (n, C) must be 0 and 1", "others")
         return labels.bool(), [str(i) for i in range(labels.shape[1])]
     names = labels.unique()
     _require(len(names) <= 1000, "labels must have at most 1000 different values", len(names))
     return labels[:, None] == names, [str(name) for name in names.tolist()]
-
-
-@torch.no_grad()
-def calibrate(sae, rows, k, batch_size=2048):
-    """Set the threshold so that on raw ``rows`` (n, D) the mean L0 is ``k``, or all positive entries where they are fewer."""
-    n, floor = round(k * len(rows)), 0.5 * float(sae.threshold)
-    for floor in (floor, 0.0):
-        above = torch.cat([pre[pre > floor] for pre in (sae.pre_acts(x.to(sae.b_dec.device)) for x in rows.split(batch_size))])
-        if len(above) > n:
-            sae.threshold.copy_(above.topk(n + 1).values[-1])
-            return
-    sae.threshold.zero_()
 
 
 @torch.no_grad()
@@ -1209,8 +1217,8 @@ def toy_figures(sae, tree, seed, n=20_000):
     silent = matched_acts(sae, tree, rows) == 0
     absorption = [{"parent": p, "child": c, "rate": float(silent[on, p].float().mean()) if (on := features[:, c] > 0).any() else None}
                   for p, c in tree.pairs]
-    return {**{name: figure for name, figure in evaluate(sae, rows.numpy()).items() if name in ("fvu", "l0")},
-            "clean": int((cosine >= 0.9).sum()), "features": len(cosine), "mean_cosine": float(cosine.mean()),
+    found = evaluate(sae, rows)
+    return {"fvu": found["fvu"], "l0": found["l0"], "clean": int((cosine >= 0.9).sum()), "features": len(cosine), "mean_cosine": float(cosine.mean()),
             "min_cosine": float(cosine.min()), "absorption": absorption}
 
 
@@ -1350,18 +1358,20 @@ def harvest(model, module, batches, out, at="output", drop=(), dtype="float16", 
     ``ValueError`` for a model in training mode, a value that ``dtype`` cannot hold, or no rows; ``OSError`` if the disk is full.
     """
     _require(not model.training, "model must be in evaluation mode, call model.eval(): training", model.training)
+    _require(dtype in ("float16", "float32"), "dtype must be float16 or float32", dtype)
     device, n, width = next(model.parameters()).device, 0, None
     with atomic(out) as temporary:
         with open(temporary, "wb") as file:
             for batch in batches:
-                inputs = {name: value.to(device) for name, value in batch.items()} if isinstance(batch, collections.abc.Mapping) else batch.to(device)
-                ids, mask = (inputs["input_ids"], inputs.get("attention_mask")) if isinstance(inputs, dict) else (inputs, None)
+                named = isinstance(batch, collections.abc.Mapping)
+                inputs = {name: value.to(device) for name, value in (batch.items() if named else [("input_ids", batch)])}
+                ids = inputs["input_ids"]
                 with activation_hook(module, at, stop=True) as captured:
-                    model(**inputs) if isinstance(inputs, dict) else model(inputs)
-                _require(captured and captured[0].shape[:-1] == ids.shape, f"module must be called with one vector for each of the ids {tuple(ids.shape)}",
-                         tuple(captured[0].shape) if captured else "no call")
-                keep = ~torch.isin(ids, torch.tensor(list(drop), device=device, dtype=ids.dtype))
-                keep = keep if mask is None else keep & mask.bool()
+                    model(**inputs) if named else model(ids)
+                found = tuple(captured[0].shape) if captured else "no call"
+                _require(found[:-1] == ids.shape, f"module must be called with one vector for each of the ids {tuple(ids.shape)}", found)
+                keep = inputs.get("attention_mask", torch.ones_like(ids)).bool()
+                keep &= ~torch.isin(ids, torch.tensor(list(drop), device=device, dtype=ids.dtype))
                 rows = captured[0][keep][: None if max_rows is None else max_rows - n].to(getattr(torch, dtype))
                 _require(bool(rows.isfinite().all()), f"activations must fit in {dtype}", "one that is too large, or NaN")
                 if width is None:
@@ -1391,11 +1401,11 @@ def read_tokens(path, n_vocab=10_000, n_positions=256, batch_size=64):
     the first.
     """
     docs, length, stamp = [], None, _stamp(path)
-    for number, ids in enumerate(_npy_docs(path) if str(path).endswith(".npy") else _jsonl_docs(path), 1):
-        where, length = f"{path}, line {number}:" if not str(path).endswith(".npy") else f"{path}, row {number - 1}:", length or len(ids)
-        _require(0 < len(ids) <= n_positions, f"{where} tok_ids must be 1 to {n_positions} ids, the positions of the model", len(ids))
-        _require(len(ids) == length, f"{where} tok_ids must be {length} ids as in the first", len(ids))
-        _require(0 <= ids.min() and ids.max() < n_vocab, f"{where} ids must lie in [0, {n_vocab})", ids.min() if ids.min() < 0 else ids.max())
+    for where, ids in _npy_docs(path) if str(path).endswith(".npy") else _jsonl_docs(path):
+        length = length or len(ids)
+        _require(0 < len(ids) <= n_positions, f"{where}: tok_ids must be 1 to {n_positions} ids, the positions of the model", len(ids))
+        _require(len(ids) == length, f"{where}: tok_ids must be {length} ids as in the first", len(ids))
+        _require(0 <= ids.min() and ids.max() < n_vocab, f"{where}: ids must lie in [0, {n_vocab})", ids.min() if ids.min() < 0 else ids.max())
         docs.append(ids)
         if len(docs) == batch_size:
             yield torch.from_numpy(np.stack(docs))
@@ -1411,18 +1421,19 @@ def _npy_docs(path):
     _require(array.dtype.kind in "iu" and array.ndim == 2, f"{path} must hold whole numbers (docs, positions)", f"{array.dtype} {array.shape}")
     _require(array.flags.c_contiguous, f"{path} must be in C order to be read as rows", "Fortran order")
     read = functools.partial(_read_file, path, _stamp(path), array.dtype, array.offset, array.shape[1])
-    return (read(i, i + 1)[0].astype(np.int64) for i in range(len(array)))
+    return ((f"{path}, row {i}", read(i, i + 1)[0].astype(np.int64)) for i in range(len(array)))
 
 
 def _jsonl_docs(path, longest=1 << 20):
     with open(path, "rb") as file:
         for number, line in enumerate(iter(lambda: file.readline(longest), b""), 1):
+            where = f"{path}, line {number}"
             try:
                 ids = np.array(json.loads(line)["tok_ids"])
                 _require(ids.ndim == 1 and ids.dtype.kind == "i", "tok_ids must be a list of whole numbers", ids.dtype)
             except (ValueError, KeyError, TypeError, RecursionError) as error:
-                raise ValueError(f'{path}, line {number} is not {{"tok_ids": [whole numbers]}}: {str(error)[:100]}') from None
-            yield ids
+                raise ValueError(f'{where} is not {{"tok_ids": [whole numbers]}}: {str(error)[:100]}') from None
+            yield where, ids
 
 
 # ------------------------------------------------------------------------------------------------------------- 10. files
@@ -1450,13 +1461,12 @@ HUB_ADVICE = {  # by the Hub's error code or the HTTP status
 class Rows:
     """Activation rows (n, D), read as float32: of an array, a tensor, a ``.npy`` file or a folder of them in name order.
 
-    float16, float32 or float64, of shape (rows, D) or (docs, positions, D). ``skip``: increasing numbers of rows to leave out.
-    Files in C order are read block by block, so memory does not grow with them. ``ValueError`` for anything else, and for a row that
+    float16, float32 or float64, of shape (rows, D) or (docs, positions, D). Files in C order are read block by block, so memory does not grow with them. ``ValueError`` for anything else, and for a row that
     is not finite when it is read; ``OSError`` for a file that cannot be read.
     """
 
-    def __init__(self, source, skip=()):
-        self.skip = np.asarray(skip, dtype=np.int64)
+    def __init__(self, source):
+        self.skip = np.empty(0, np.int64)  # increasing numbers of rows to leave out
         self.parts = [_open_part(part) for part in _list_parts(source)]
         self.d_model = self.parts[0].d_model
         for part in self.parts:
@@ -1609,6 +1619,7 @@ def to_float32(rows, out):
 
 
 def read_npy(path):
+    """The array in a ``.npy`` file, memory-mapped; ``ValueError`` if it is damaged or holds objects."""
     try:
         return np.lib.format.open_memmap(path, mode="r")
     except OSError:
@@ -1625,14 +1636,14 @@ def prefetch(batches, pin=False, depth=8):
         batch = next(batches, None)
         return batch.pin_memory() if pin and batch is not None else batch
 
-    with ThreadPoolExecutor(1) as thread:
-        ahead = collections.deque(thread.submit(load) for _ in range(depth))
-        try:
-            while (batch := ahead.popleft().result()) is not None:
-                ahead.append(thread.submit(load))
-                yield batch
-        finally:
-            thread.shutdown(cancel_futures=True)
+    thread = ThreadPoolExecutor(1)
+    ahead = collections.deque(thread.submit(load) for _ in range(depth))
+    try:
+        while (batch := ahead.popleft().result()) is not None:
+            ahead.append(thread.submit(load))
+            yield batch
+    finally:
+        thread.shutdown(cancel_futures=True)
 
 
 def check_device(device):
@@ -1647,22 +1658,17 @@ def check_device(device):
 def check_tensors(tensors, needed, where):
     """``ValueError`` unless the ``tensors`` are finite and have the names and kinds ``needed``, {"W_enc": "float32 (16, 32)", ...}."""
     for name in {**needed, **tensors}:
-        found = kind(tensors[name]) if name in tensors else "none"
+        found = dtype_and_shape(tensors[name]) if name in tensors else "none"
         _require(found == needed.get(name), f"{name} in {where} must be {needed.get(name, 'left out')}", found)
         _require(bool(tensors[name].isfinite().all()), f"{name} in {where} must be finite", "NaN or infinity")
 
 
-def kind(tensor):
+def dtype_and_shape(tensor):
     return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
 
 
-def save_state(folder, state, origin):
-    """Write what ``Trainer.load_state_dict`` needs, with ``origin``: the settings and rows that a resumed run must share."""
-    write(Path(folder) / STATE, save(state, {"origin": json.dumps(origin)}))
-
-
 def load_state(folder, origin):
-    """Read what ``save_state`` wrote; ``ValueError`` names the first of ``origin`` that differs."""
+    """What ``Trainer.load_state_dict`` needs of a run; ``ValueError`` names what of ``origin``, its settings and rows, differs."""
     path = Path(folder) / STATE
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no {STATE}, there is nothing to resume")
@@ -1780,17 +1786,18 @@ def output_folder(path):
 
 @contextlib.contextmanager
 def claimed_folder(path, own=()):
-    """Create the folder ``path`` and hold it; ``OSError`` if it holds more than empty files and those named in ``own`` (None: any)."""
+    """Create the folder ``path`` and hold it; ``OSError`` if it holds more than those named in ``own`` (None: any), empty and cut files."""
     folder = output_folder(path)
-    with alone(folder):
-        foreign = sorted(f.name for f in folder.iterdir() if own is not None and f.name not in own and (f.is_dir() or f.stat().st_size))
+    with locked(folder):
+        foreign = sorted(f.name for f in folder.iterdir() if own is not None and f.name not in own
+                         and not (f.name.startswith(".") and f.name.endswith(".tmp")) and (f.is_dir() or f.stat().st_size))
         if foreign:
             raise FileExistsError(f"{folder} is not empty, it holds {foreign[0]}: choose another output folder")
         yield folder
 
 
 @contextlib.contextmanager
-def alone(path):
+def locked(path):
     """Hold ``path``, a folder or a file to write, by a lock that ends with this process; ``OSError`` if another has it.
 
     Without effect on Windows and on file systems without locks.
@@ -1818,7 +1825,7 @@ def atomic(path):
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with alone(temporary):
+        with locked(temporary):
             try:
                 yield temporary
                 with open(temporary, "rb+") as file:
@@ -1828,7 +1835,7 @@ def atomic(path):
                 temporary.unlink(missing_ok=True)
                 raise
     except OSError as error:
-        if error.errno is None:  # not of the system, so not of this file
+        if error.errno is None or error.filename not in (None, str(temporary)):  # another file's
             raise
         raise OSError(f"{path} could not be written, the file there before is untouched: {error}") from None
 
