@@ -271,6 +271,7 @@ def test_spare_latents_go_one_by_one_the_least_energetic_first():
     for batch in torch.from_numpy(rows(64 * 12)).split(64):
         trainer.step(batch)
         sizes.append(len(trainer.energy))
+        msae.Trainer(trainer.cfg, 16).load_state_dict(trainer.state_dict())  # wherever the run is cut
     assert sizes[:6] == [48] * 6 and sizes[6] < 48 and sizes == sorted(sizes, reverse=True) and sizes[-1] == 32
     assert trainer.export().prefixes == (4, 12, 32)
     trainer.energy.copy_(torch.randperm(32))
@@ -393,11 +394,13 @@ def damage(folder, how):
         weights.write_bytes(safetensors.torch.save({**tensors, "mask": torch.ones(3)}))
     elif how == "not finite":
         weights.write_bytes(safetensors.torch.save({**tensors, "b_enc": tensors["b_enc"] * float("nan")}))
+    elif how == "metadata a list":
+        cfg.write_text(json.dumps({**settings, "metadata": [32]}))
 
 
 @pytest.mark.parametrize("how, names", [("no cfg", "cfg.json"), ("no weights", "sae_weights"), ("cut weights", "damaged"),
                                         ("cut cfg", "JSON"), ("foreign architecture", "gated"), ("wrong shape", "17"),
-                                        ("missing tensor", "b_enc"), ("extra tensor", "mask"), ("not finite", "b_enc")])
+                                        ("missing tensor", "b_enc"), ("extra tensor", "mask"), ("not finite", "b_enc"), ("metadata a list", "metadata")])
 def test_a_damaged_checkpoint_is_refused_by_name(tmp_path, how, names):
     msae.MatryoshkaSAE(16, 32).save(tmp_path)
     damage(tmp_path, how)
@@ -606,8 +609,11 @@ def test_a_bad_row_met_late_keeps_the_steps_done(tmp_path, monkeypatch):
 
 def command(*arguments, **options):
     """The command line in a process of its own, with one thread."""
+    def listen():  # to Ctrl-C, also where the tests run in the background of a shell
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    options = {"env": {**os.environ, "OMP_NUM_THREADS": "1"}, "preexec_fn": listen if os.name == "posix" else None, **options}
     return subprocess.Popen([sys.executable, "cli.py", *map(str, arguments)], cwd=HERE, text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, **{"env": {**os.environ, "OMP_NUM_THREADS": "1"}, **options})
+                            stderr=subprocess.STDOUT, **options)
 
 
 def run_arguments(acts, out, steps=300):
@@ -645,6 +651,15 @@ def test_ctrl_c_and_sigterm_save_and_say_how_to_go_on(acts, tmp_path, number, co
     assert hint.endswith("--resume") and f"--out {tmp_path / 'run'}" in hint
     steps = safetensors.torch.load_file(tmp_path / "run" / msae.STATE)["steps_done"]
     assert steps >= 50 and msae.MatryoshkaSAE.load(tmp_path / "run").prefixes == (2, 4, 8, 16, 32)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
+def test_a_ctrl_c_that_the_shell_ignores_does_not_end_training(acts, tmp_path):
+    process = command(*run_arguments(acts, tmp_path / "run", steps=300), preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
+    assert process.stdout.readline().startswith("train  step 50/")
+    process.send_signal(signal.SIGINT)
+    assert "L0" in process.communicate()[0] and process.returncode == 0
+    assert safetensors.torch.load_file(tmp_path / "run" / msae.STATE)["steps_done"] == 300
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs a limit on file sizes")
@@ -1238,16 +1253,18 @@ def test_harvest_train_and_eval_from_tokens_to_a_verdict(texts, tmp_path):
     assert about["model_name"] == "tiny.pt" and about["hook_name"] == "torso.2.input" and about["dataset"] == "ids.jsonl"
     assert "acts.npy exists" in run("harvest", "--model", "tiny.pt", "--tokens", "ids.jsonl", code=1)
     run("train", "--acts", "acts.npy", "--latents", 64, "--k", 4, "--steps", 60, "--batch-size", 256, "--baseline")
-    np.save("labels.npy", texts[(texts != msae.BEGIN) & (texts != msae.PAD)] % 3)
+    np.save("labels.npy", texts[(texts != msae.BEGIN) & (texts != msae.PAD)] % 3 * 10)
     output = run("eval", "runs/acts-64", "runs/acts-64/vanilla", "--acts", "acts.npy", "--labels", "labels.npy",
                  "--tokens", "ids.jsonl", "--model", "tiny.pt", "--layer", 2, "--max-tokens", 1000)
     assert "recovered" in output and "absorbed" in output and "erasure" in output and "█" in output
     for folder, levels in (("runs/acts-64", 5), ("runs/acts-64/vanilla", 1)):
         found = json.loads(Path(folder, "eval.json").read_text())
         assert found["rows"] == n and len(found["prefixes"]) == len(found["loss"]["prefixes"]) == len(found["labels"]["prefixes"]) == levels
-        assert found["loss"]["clean"] < 20 and sum(found["frequencies"]["counts"]) == round(64 * (1 - found["dead"]))
+        assert found["labels"]["labels"] == ["0", "10", "20"] and found["loss"]["clean"] < 20 and sum(found["frequencies"]["counts"]) == round(64 * (1 - found["dead"]))
         expected = msae.evaluate(msae.MatryoshkaSAE.load(folder), "acts.npy")
         assert {key: found[key] for key in expected} == expected
+    other_layer = run("eval", "runs/acts-64", "--acts", "acts.npy", "--tokens", "ids.jsonl", "--model", "tiny.pt", "--layer", 1, code=2)
+    assert "1 is not where runs/acts-64 was trained, torso.2.input" in other_layer
     output = run("eval", "runs/acts-64", "--acts", "acts.npy", "--out", "one.json")
     assert "wrote one.json" in output and json.loads(Path("one.json").read_text())["checkpoint"] == "runs/acts-64"
 
@@ -1878,11 +1895,6 @@ SIZES = {"train": "--acts acts.npy --latents 16 --k 2 --batch-size 32 --steps 8 
          "config": "--acts acts.npy --config train.json --device cpu --out new", "bench": "--latents 16 --d-model 8 --batch-size 8 --k 2 --steps 1 --device cpu",
          "harvest": "--model tiny.pt --layer 1 --tokens ids.jsonl --device cpu --out harvested.npy", "push": "run ada/mine --dry-run",
          "eval": "run --acts acts.npy --device cpu --out eval.json"}
-
-
-class Canary:
-    def __reduce__(self):
-        return Path.touch, (Path("canary"),)
 
 
 def bad_bytes(g, data):
