@@ -698,7 +698,7 @@ def model_card(sae, folder, repo, license, revision=None):
         elif (folder / msae.METRICS).is_file() and (lines := (folder / msae.METRICS).read_text().splitlines()):
             last = json.loads(lines[-1])
             figures += f" On a training batch at step {last['step']:,}: FVU {last['fvu']:.4f}, L0 {last['l0']:.2f}, dead {last['dead']:.2%}."
-    except (KeyError, IndexError, TypeError, ValueError) as error:
+    except (LookupError, TypeError, ValueError, ArithmeticError) as error:
         raise ValueError(f"{EVAL} or {msae.METRICS} in {folder} is not what training writes: {error!r}") from None
     return CARD.format(license=json.dumps(license), base=f"base_model: {json.dumps(known['base_model'])}\n" if known.get("base_model") else "",
                        title=repo.split("/")[1], F=len(sae.b_enc), D=len(sae.b_dec), p=sae.prefixes[0], prefixes=", ".join(map(str, sae.prefixes)),
