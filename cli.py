@@ -34,6 +34,7 @@ import msae
 
 HERE = Path(__file__).parent
 EVAL, ORIGIN = "eval.json", ("model_name", "hook_name", "dataset", "base_model")
+OUT_OF_MEMORY = ("allocate", "out of memory", "size calculation overflowed")  # in torch's messages
 console = Console(markup=False, emoji=False, highlight=False)
 
 # Replications of the ReLU + L1 original (noanabeshima/matryoshka-saes): a post of 2026, one seed.
@@ -56,9 +57,10 @@ class Commands(click.Group):
             text = f"{error.filename}: {error.strerror}" if getattr(error, "filename", None) else str(error)
             raise click.ClickException(" ".join(text.splitlines())) from None
         except (MemoryError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and not any(word in str(error) for word in ("allocate", "out of memory", "size calculation overflowed")):
+            text = " ".join(str(error).split())
+            if isinstance(error, RuntimeError) and not any(sign in text for sign in OUT_OF_MEMORY):
                 raise
-            raise click.ClickException(f"not enough memory, try fewer latents or a smaller batch: {' '.join(str(error).split()):.200}") from None
+            raise click.ClickException(f"not enough memory, try fewer latents or a smaller batch: {text:.200}") from None
         except KeyboardInterrupt:
             click.echo("interrupted", err=True)
             raise SystemExit(130) from None
@@ -203,7 +205,8 @@ def svg(maps, cell=11):
         parts += [f'<rect x="{x + j * cell}" y="{34 + i * cell}" width="{cell - 1}" height="{cell - 1}" fill="{colour(v)}"/>'
                   for i, row in enumerate(values) for j, v in enumerate(row)]
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {20 + len(maps) * (side + 26)} {side + 62}" '
-            'font-family="system-ui, sans-serif">\n<rect width="100%" height="100%" rx="8" fill="#fff"/>\n' + "\n".join(parts) + "\n</svg>\n")
+            'font-family="system-ui, sans-serif">\n<rect width="100%" height="100%" rx="8" fill="#fff"/>\n'
+            + "\n".join(parts) + "\n</svg>\n")
 
 
 # ---------------------------------------------------------------------------------------------------------------- train
@@ -294,7 +297,8 @@ def processes(device):
             return
         on_cuda = device.startswith("cuda")
         if on_cuda and device != "cuda":
-            raise click.BadParameter(f"{device!r} must have no number under torchrun, which gives each process its own", param_hint="--device")
+            raise click.BadParameter(f"{device!r} must have no number under torchrun, which gives each process its own",
+                                     param_hint="--device")
         device = f"cuda:{os.environ['LOCAL_RANK']}" if on_cuda else device
         msae.check_device(device)
         torch.distributed.init_process_group("nccl" if on_cuda else "gloo", device_id=torch.device(device) if on_cuda else None)
@@ -328,10 +332,10 @@ def figures_table(figures, kind="held-out rows"):
     """Figures on rows: for each SAE a row per prefix, the whole SAE last."""
     table = new_table("", "latents", "FVU", "L0", "cosine", "dead", title=f"{next(iter(figures.values()))['rows']:,} {kind}")
     for name, found in figures.items():
+        first, last = found["prefixes"][0], found["prefixes"][-1]
         for level in found["prefixes"]:
-            last = level is found["prefixes"][-1]
-            table.add_row(name if level is found["prefixes"][0] else "", f"{level['latents']:,}", f"{level['fvu']:.4f}", f"{level['l0']:.2f}",
-                          f"{level['max_cosine']:.3f}", f"{found['dead']:.2%}" if last else "", end_section=last)
+            table.add_row(name if level is first else "", f"{level['latents']:,}", f"{level['fvu']:.4f}", f"{level['l0']:.2f}",
+                          f"{level['max_cosine']:.3f}", f"{found['dead']:.2%}" if level is last else "", end_section=level is last)
     return table
 
 
@@ -342,8 +346,10 @@ DATASET = "noanabeshima/TinyModelTokIds", "train.jsonl", "validation.jsonl"
 
 def tiny_model_options(command):
     for option in (
-        click.option("--model", "model_path", default="tiny_model.pt", help="State dict of a TinyModel: a file, or a published name: " + ", ".join(msae.SHA256)),
-        click.option("--layer", type=click.IntRange(min=0), default=3, help="The residual stream that enters this block; 4: after the last."),
+        click.option("--model", "model_path", default="tiny_model.pt",
+                     help="State dict of a TinyModel: a file, or a published name: " + ", ".join(msae.SHA256)),
+        click.option("--layer", type=click.IntRange(min=0), default=3,
+                     help="The residual stream that enters this block; 4: after the last."),
         device_option,
     ):
         command = option(command)
@@ -371,7 +377,8 @@ def token_batches(path, model):
 
 @main.command()
 @tiny_model_options
-@click.option("--tokens", default="train.jsonl", help='Token ids: a .jsonl of {"tok_ids": [...]}, a .npy (docs, positions), or the published file.')
+@click.option("--tokens", default="train.jsonl",
+              help='Token ids: a .jsonl of {"tok_ids": [...]}, a .npy (docs, positions), or the published file.')
 @click.option("--max-rows", type=click.IntRange(min=1), default=30_000_000, help="Stop after this many.")
 @click.option("--dtype", type=click.Choice(["float16", "float32"]), default="float16", help="Of the rows in the file.")
 @click.option("--out", type=click.Path(dir_okay=False), default="acts.npy", help="A new file.")
@@ -408,11 +415,13 @@ def harvest(model_path, layer, device, tokens, max_rows, dtype, out):
             show(n, rate, (total - n) / rate, f"{n:,}/{total:,} rows")
 
         n = msae.harvest(model, module, batches(), out, at="input", drop=drop, dtype=dtype, max_rows=max_rows, on_rows=on_rows)
-    about = {"model_name": Path(model_path).name, "hook_name": hook_name(model, layer), "dataset": tokens if Path(tokens).exists() else DATASET[0]}
+    about = {"model_name": Path(model_path).name, "hook_name": hook_name(model, layer),
+             "dataset": tokens if Path(tokens).exists() else DATASET[0]}
     if model_path in msae.SHA256:
         about["base_model"] = msae.TINY_MODEL[0]
     msae.write(f"{out}.json", about)
-    click.echo(f"{n:,} rows of width {model.embed.weight.shape[1]} in {out}; next:  python cli.py train --acts {shlex.quote(str(out))} --latents 3072")
+    click.echo(f"{n:,} rows of width {model.embed.weight.shape[1]} in {out}; next:  "
+               f"python cli.py train --acts {shlex.quote(str(out))} --latents 3072")
 
 
 @main.command("eval")
@@ -492,7 +501,8 @@ def frequency_bars(figures):
     used = [i for i in range(len(edges) - 1) if any(column[i] for column in counts)]
     width = max(6, (console.width - 20) // len(counts) - 12)
     for i in range(used[0], used[-1] + 1) if used else ():
-        table.add_row(f"{edges[i]:.1e} to {edges[i + 1]:.1e}", *(f"{'█' * round(width * column[i] / max(column))} {column[i]:,}" for column in counts))
+        bars = (f"{'█' * round(width * column[i] / max(column))} {column[i]:,}" for column in counts)
+        table.add_row(f"{edges[i]:.1e} to {edges[i + 1]:.1e}", *bars)
     return table
 
 
@@ -506,11 +516,13 @@ def loss_table(name, loss):
 
 
 def label_table(name, found):
-    table = new_table("latents", "k=1", "2", "5", "absorbed", "split", title=f"{name}, {len(found['labels'])} labels on {found['rows']:,} rows: F1 of k-sparse probes")
+    table = new_table("latents", "k=1", "2", "5", "absorbed", "split",
+                      title=f"{name}, {len(found['labels'])} labels on {found['rows']:,} rows: F1 of k-sparse probes")
     table.add_row("raw rows", "", "", f"{found['raw']['f1']:.3f}", end_section=True)
     for level in found["prefixes"]:
         f1 = {score["k"]: f"{score['f1']:.3f}" for score in level["probes"]}
-        table.add_row(f"{level['latents']:,}", *(f1.get(k, "") for k in (1, 2, 5)), f"{level['absorption']:.1%}", f"{level['splitting']:.1f}")
+        table.add_row(f"{level['latents']:,}", *(f1.get(k, "") for k in (1, 2, 5)), f"{level['absorption']:.1%}",
+                      f"{level['splitting']:.1f}")
     table.caption = "erasure, fall of balanced accuracy, own and others': " + "; ".join(
         f"top {e['latents']} {e['own']:.3f} {e['others']:.3f}" for e in found["erasure"])
     return table
@@ -526,7 +538,8 @@ def label_table(name, found):
 @click.option("--k", type=float, default=30, help="Active latents per row.")
 @click.option("--steps", type=click.IntRange(min=1), default=20, help="Steps to time, after three to warm up.")
 @device_option
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Of the products.  [default: bfloat16 on cuda, else float32]")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]),
+              help="Of the products.  [default: bfloat16 on cuda, else float32]")
 def bench(latents, d_model, batch_size, k, steps, device, dtype):
     """This machine's training step, beside the encoder product alone, which no SAE can do without.
 
@@ -548,8 +561,8 @@ def bench(latents, d_model, batch_size, k, steps, device, dtype):
         synchronize()
         return time.perf_counter() - started
 
-    times = [(clock(lambda: torch.mm(a, W, out=product)), clock(lambda: trainer.step(x))) for _ in range(steps + 3)][3:]  # in turn: drift cancels
-    alone, step = (statistics.median(t) for t in zip(*times))
+    pairs = [(clock(lambda: torch.mm(a, W, out=product)), clock(lambda: trainer.step(x))) for _ in range(steps + 3)]
+    alone, step = (statistics.median(times) for times in zip(*pairs[3:]))  # in turn, so that drift cancels
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_memory()
     table = new_table("", "", show_header=False)
     table.add_row("encoder product alone", f"{1e3 * alone:.1f} ms")
@@ -693,17 +706,20 @@ def model_card(sae, folder, repo, license, revision=None):
         if (folder / EVAL).is_file():
             found = msae.read_json(folder / EVAL)
             *inner, whole = [f"| {p['latents']:,} | {p['fvu']:.4f} | {p['l0']:.2f} |" for p in found["prefixes"]]
+            rows = f"of {found['acts']}" if "acts" in found else "that training did not see"
             figures = "\n".join(["| latents | FVU | L0 | dead | cosine |", "|---|---|---|---|---|", *(f"{row} | |" for row in inner),
-                                 f"{whole} {found['dead']:.2%} | {found['max_cosine']:.3f} |", "", LEGEND.format(found["rows"], f"of {found['acts']}" if "acts" in found else "that training did not see")])
+                                 f"{whole} {found['dead']:.2%} | {found['max_cosine']:.3f} |", "", LEGEND.format(found["rows"], rows)])
         elif (folder / msae.METRICS).is_file() and (lines := (folder / msae.METRICS).read_text().splitlines()):
             last = json.loads(lines[-1])
-            figures += f" On a training batch at step {last['step']:,}: FVU {last['fvu']:.4f}, L0 {last['l0']:.2f}, dead {last['dead']:.2%}."
+            figures += (f" On a training batch at step {last['step']:,}: FVU {last['fvu']:.4f}, L0 {last['l0']:.2f}, "
+                        f"dead {last['dead']:.2%}.")
     except (LookupError, TypeError, ValueError, ArithmeticError) as error:
         raise ValueError(f"{EVAL} or {msae.METRICS} in {folder} is not what training writes: {error!r}") from None
-    return CARD.format(license=json.dumps(license), base=f"base_model: {json.dumps(known['base_model'])}\n" if known.get("base_model") else "",
-                       title=repo.split("/")[1], F=len(sae.b_enc), D=len(sae.b_dec), p=sae.prefixes[0], prefixes=", ".join(map(str, sae.prefixes)),
+    base = f"base_model: {json.dumps(known['base_model'])}\n" if known.get("base_model") else ""
+    return CARD.format(license=json.dumps(license), base=base, title=repo.split("/")[1], F=len(sae.b_enc), D=len(sae.b_dec),
+                       p=sae.prefixes[0], prefixes=", ".join(map(str, sae.prefixes)), figures=figures, source=f"{repo!r}{at}",
                        facts="\n".join(f"- {name.replace('_', ' ')}: {value}" for name, value in facts.items() if value),
-                       figures=figures, source=f"{repo!r}{at}", saelens=f"SAE.load_from_disk(snapshot_download({repo!r}{at}))")
+                       saelens=f"SAE.load_from_disk(snapshot_download({repo!r}{at}))")
 
 
 # ------------------------------------------------------------------------------------------------------------- progress
@@ -728,7 +744,8 @@ class progress:
 
         def show(done, rate, seconds, before, after=""):
             nonlocal shown
-            line = f"{before}  {f'{rate:,.0f} rows/s  ' if self.wide else ''}{datetime.timedelta(seconds=min(10**12, round(seconds)))} left{after}"
+            left = datetime.timedelta(seconds=min(10**12, round(seconds)))
+            line = f"{before}  {f'{rate:,.0f} rows/s  ' if self.wide else ''}{left} left{after}"
             self.bar.update(task, completed=done, figures=line)
             if not console.is_terminal and (done == total or time.monotonic() - shown > 10):
                 shown = time.monotonic()

@@ -394,7 +394,8 @@ class MatryoshkaSAE(nn.Module):
         sae = cls(D, p, [*(n for n in fixed_prefixes(F, prefixes) if n < p), p])
         sae.load_state_dict({"W_enc": tensors["W_enc"][:, :p], "b_enc": tensors["b_enc"][:p], "W_dec": tensors["W_dec"][:p],
                              "b_dec": tensors["b_dec"], "threshold": threshold[0]})
-        sae.metadata = {name: value for name, value in metadata.items() if name not in ("sae_lens_version", "prefixes", *(("k",) if p < F else ()))}
+        left_out = ("sae_lens_version", "prefixes", "k" if p < F else None)  # k is that of all latents
+        sae.metadata = {name: value for name, value in metadata.items() if name not in left_out}
         return sae.to(device)
 
 
@@ -709,7 +710,8 @@ class Trainer:
     def load_state_dict(self, state):
         """Go on from ``state``, bit for bit on the CPU; ``ValueError`` names a tensor in it that is missing, misshapen or not finite."""
         done, last = state.get("steps_done", torch.tensor([])), self.cfg.steps
-        _require(dtype_and_shape(done) == "int64 ()" and 0 <= done <= last, f"steps_done in {STATE} must be one whole number in [0, {last}]", done)
+        _require(dtype_and_shape(done) == "int64 ()" and 0 <= done <= last,
+                 f"steps_done in {STATE} must be one whole number in [0, {last}]", done)
         self.prune(self.cfg.latents_at(int(done)))
         check_tensors(state, {name: dtype_and_shape(tensor) for name, tensor in self.state_dict().items()}, STATE)
         _require(state["scale"] > 0, f"scale in {STATE} must be positive", float(state["scale"]))
@@ -927,7 +929,8 @@ def loss_recovered(model, module, sae, batches, at="input", drop=()):
     """Cross-entropy of ``model``, in nats per next token, with the stream at ``module`` replaced: by nothing, zeros, and ``sae``.
 
     ``batches`` of token ids (B, T); positions whose id is in ``drop`` keep their stream and are not predicted. Returns
-    {"clean", "zeroed", "tokens": how many, "prefixes": [{"latents", "spliced", "recovered"}]}, ``recovered = (zeroed - spliced) / (zeroed - clean)``.
+    {"clean", "zeroed", "tokens": how many, "prefixes": [{"latents", "spliced", "recovered"}]}, where
+    ``recovered = (zeroed - spliced) / (zeroed - clean)``.
     """
     def splice(prefix):
         return lambda x: sae.decode(sae.encode(x, prefix))
@@ -946,8 +949,8 @@ def loss_recovered(model, module, sae, batches, at="input", drop=()):
             sums[i] += float(nn.functional.cross_entropy(logits.float(), target, reduction="sum"))
     _require(n > 0, "the batches must have tokens to predict, number of them", n)
     clean, zeroed, *spliced = (total / n for total in sums)
-    return {"clean": clean, "zeroed": zeroed, "tokens": n,
-            "prefixes": [{"latents": p, "spliced": s, "recovered": (zeroed - s) / (zeroed - clean or math.nan)} for p, s in zip(sae.prefixes, spliced)]}
+    levels = [{"latents": p, "spliced": s, "recovered": (zeroed - s) / (zeroed - clean or math.nan)} for p, s in zip(sae.prefixes, spliced)]
+    return {"clean": clean, "zeroed": zeroed, "tokens": n, "prefixes": levels}
 
 
 def logistic_regression(x, y, l2=1e-3, steps=100):
@@ -981,7 +984,8 @@ def probe_scores(seen, y):
     """Accuracy, balanced accuracy and F1 of predictions ``seen`` (C, n) of ``y`` (n, C), each (C,)."""
     hit, y = seen & y.T, y.T
     recall, rejected = hit.sum(1) / y.sum(1), (~seen & ~y).sum(1) / (~y).sum(1)
-    return {"accuracy": (seen == y).float().mean(1), "balanced_accuracy": (recall + rejected) / 2, "f1": 2 * hit.sum(1) / (seen.sum(1) + y.sum(1))}
+    return {"accuracy": (seen == y).float().mean(1), "balanced_accuracy": (recall + rejected) / 2,
+            "f1": 2 * hit.sum(1) / (seen.sum(1) + y.sum(1))}
 
 
 @torch.no_grad()
@@ -996,7 +1000,8 @@ def probe(sae, x, labels, seed=0, most=5, erased=(1, 2, 5)):
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
     train, test = ((x[half].float(), y[half]) for half in (order[: len(x) // 2], order[len(x) // 2:]))
     rare = torch.stack([count for _, y in (train, test) for count in (y.sum(0), (~y).sum(0))]).amin(dim=0)
-    _require(bool(rare.min() > 0), "each label must have rows with it and without it in both halves; too few for label", names[int(rare.argmin())])
+    _require(bool(rare.min() > 0), "each label must have rows with it and without it in both halves; too few for label",
+             names[int(rare.argmin())])
     w, b = logistic_regression(*train)
     raw = probe_logits(test[0], w, b)
     parts = [(sae.encode(rows), part.float()) for rows, part in zip(train[0].split(2048), train[1].split(2048))]
@@ -1027,7 +1032,8 @@ def sparse_probing(sae, difference, train, test, seen, most):
     gains = torch.stack([score["f1"] for score in scores]).diff(dim=0) > 0.03
     positives = y_test.T & seen
     absorbed = (positives & (main_codes == 0)).sum(1) / positives.sum(1)
-    return {"latents": p, "absorption": _mean(absorbed), "absorption_by_label": [None if math.isnan(rate) else rate for rate in absorbed.tolist()],
+    return {"latents": p, "absorption": _mean(absorbed),
+            "absorption_by_label": [None if math.isnan(rate) else rate for rate in absorbed.tolist()],
             "splitting": _mean(1.0 + gains.cumprod(dim=0).sum(0)),
             "probes": [{"k": k, "accuracy": _mean(score["accuracy"]), "f1": _mean(score["f1"])} for k, score in enumerate(scores, 1)]}
 
@@ -1062,8 +1068,8 @@ def label_matrix(labels, n):
     """``labels``, (n,) whole numbers or (n, C) of 0 and 1, as a boolean matrix (n, C) and the names of its columns."""
     labels = labels.cpu().numpy() if isinstance(labels, torch.Tensor) else np.asarray(labels)
     labels = labels.flatten() if labels.size == n else labels
-    _require(labels.dtype.kind in "iub" and labels.ndim in (1, 2) and len(labels) == n, f"labels must be whole numbers ({n},) or 0 and 1 ({n}, C)",
-             f"{labels.dtype} {labels.shape}")
+    _require(labels.dtype.kind in "iub" and labels.ndim in (1, 2) and len(labels) == n,
+             f"labels must be whole numbers ({n},) or 0 and 1 ({n}, C)", f"{labels.dtype} {labels.shape}")
     labels = torch.from_numpy(labels.astype(np.int64))
     if labels.dim() == 2:
         _require(bool(((labels == 0) | (labels == 1)).all()), "labels (n, C) must be 0 and 1", "others")
@@ -1108,7 +1114,8 @@ class FeatureTree:
         n = len(self.parent_of)
         _require(n >= 1, "tree must have at least one node that is read out; number of them", n)
         self.d_model = n if d_model is None else d_model
-        _require(isinstance(self.d_model, int) and n <= self.d_model <= 2048, f"d_model must lie in [number of features {n}, 2048]", self.d_model)
+        _require(isinstance(self.d_model, int) and n <= self.d_model <= 2048,
+                 f"d_model must lie in [number of features {n}, 2048]", self.d_model)
         _require(isinstance(norm_std, (int, float)) and 0 <= norm_std < 1, "norm_std must lie in [0, 1)", norm_std)
         generator = torch.Generator().manual_seed(seed)
         basis = torch.linalg.qr(torch.randn(self.d_model, self.d_model, generator=generator)).Q
@@ -1218,8 +1225,8 @@ def toy_figures(sae, tree, seed, n=20_000):
     absorption = [{"parent": p, "child": c, "rate": float(silent[on, p].float().mean()) if (on := features[:, c] > 0).any() else None}
                   for p, c in tree.pairs]
     found = evaluate(sae, rows)
-    return {"fvu": found["fvu"], "l0": found["l0"], "clean": int((cosine >= 0.9).sum()), "features": len(cosine), "mean_cosine": float(cosine.mean()),
-            "min_cosine": float(cosine.min()), "absorption": absorption}
+    return {"fvu": found["fvu"], "l0": found["l0"], "clean": int((cosine >= 0.9).sum()), "features": len(cosine),
+            "mean_cosine": float(cosine.mean()), "min_cosine": float(cosine.min()), "absorption": absorption}
 
 
 def toy_setup(settings, seed=0):
@@ -1405,7 +1412,8 @@ def read_tokens(path, n_vocab=10_000, n_positions=256, batch_size=64):
         length = length or len(ids)
         _require(0 < len(ids) <= n_positions, f"{where}: tok_ids must be 1 to {n_positions} ids, the positions of the model", len(ids))
         _require(len(ids) == length, f"{where}: tok_ids must be {length} ids as in the first", len(ids))
-        _require(0 <= ids.min() and ids.max() < n_vocab, f"{where}: ids must lie in [0, {n_vocab})", ids.min() if ids.min() < 0 else ids.max())
+        low, high = ids.min(), ids.max()
+        _require(0 <= low and high < n_vocab, f"{where}: ids must lie in [0, {n_vocab})", low if low < 0 else high)
         docs.append(ids)
         if len(docs) == batch_size:
             yield torch.from_numpy(np.stack(docs))
@@ -1418,7 +1426,8 @@ def read_tokens(path, n_vocab=10_000, n_positions=256, batch_size=64):
 
 def _npy_docs(path):
     array = read_npy(path)
-    _require(array.dtype.kind in "iu" and array.ndim == 2, f"{path} must hold whole numbers (docs, positions)", f"{array.dtype} {array.shape}")
+    _require(array.dtype.kind in "iu" and array.ndim == 2, f"{path} must hold whole numbers (docs, positions)",
+             f"{array.dtype} {array.shape}")
     _require(array.flags.c_contiguous, f"{path} must be in C order to be read as rows", "Fortran order")
     read = functools.partial(_read_file, path, _stamp(path), array.dtype, array.offset, array.shape[1])
     return ((f"{path}, row {i}", read(i, i + 1)[0].astype(np.int64)) for i in range(len(array)))
@@ -1461,8 +1470,9 @@ HUB_ADVICE = {  # by the Hub's error code or the HTTP status
 class Rows:
     """Activation rows (n, D), read as float32: of an array, a tensor, a ``.npy`` file or a folder of them in name order.
 
-    float16, float32 or float64, of shape (rows, D) or (docs, positions, D). Files in C order are read block by block, so memory does not grow with them. ``ValueError`` for anything else, and for a row that
-    is not finite when it is read; ``OSError`` for a file that cannot be read.
+    float16, float32 or float64, of shape (rows, D) or (docs, positions, D). Files in C order are read block by block, so memory
+    does not grow with them. ``ValueError`` for anything else, and for a row that is not finite when it is read; ``OSError`` for
+    a file that cannot be read.
     """
 
     def __init__(self, source):
@@ -1713,8 +1723,9 @@ def read_checkpoint(folder):
         _require(cfg.get(key) == needed, f"{folder / CONFIG} must have {key} = {needed!r}", repr(cfg.get(key)))
     try:
         found = torch.load(path, "cpu", weights_only=True) if peer else load_file(path)
-        _require(set(found) == set(FORMATS[architecture]), f"{path} must hold the tensors {', '.join(FORMATS[architecture])}", ", ".join(found))
-        tensors = {ours: found[theirs].float() for ours, theirs in zip(OURS, FORMATS[architecture])}
+        names = FORMATS[architecture]
+        _require(set(found) == set(names), f"{path} must hold the tensors {', '.join(names)}", ", ".join(found))
+        tensors = {ours: found[theirs].float() for ours, theirs in zip(OURS, names)}
         if tensors["threshold"].ndim == 0:
             tensors["threshold"] = tensors["threshold"].repeat(len(tensors["b_enc"]))
         if peer:
