@@ -368,11 +368,11 @@ def hook_name(model, layer):
     return f"torso.{layer}.input" if layer < len(model.torso) else "lm_head.input"
 
 
-def token_batches(path, model):
+def token_batches(path, model, batch_size=64):
     """A function that starts reading the token file, or the published one of that name, anew."""
     if path in DATASET[1:] and not Path(path).exists():
         path = msae.hub_file(DATASET[0], path, repo_type="dataset")
-    return lambda: msae.read_tokens(path, len(model.embed.weight), model.pos_embed.shape[1])
+    return lambda: msae.read_tokens(path, len(model.embed.weight), model.pos_embed.shape[1], batch_size)
 
 
 @main.command()
@@ -406,15 +406,9 @@ def harvest(model_path, layer, device, tokens, max_rows, dtype, out):
         raise OSError(f"{out} would take {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free: lower --max-rows, or choose another --out")
     if out.exists():  # by now
         raise FileExistsError(f"{out} exists: choose another --out")
-    started = time.monotonic()
     with progress() as bar:
-        show = bar.line("harvest", total)
-
-        def on_rows(n):
-            rate = max(n, 1) / max(time.monotonic() - started, 1e-9)
-            show(n, rate, (total - n) / rate, f"{n:,}/{total:,} rows")
-
-        n = msae.harvest(model, module, batches(), out, at="input", drop=drop, dtype=dtype, max_rows=max_rows, on_rows=on_rows)
+        n = msae.harvest(model, module, batches(), out, at="input", drop=drop, dtype=dtype, max_rows=max_rows,
+                         on_rows=bar.counter("harvest", total))
     about = {"model_name": Path(model_path).name, "hook_name": hook_name(model, layer),
              "dataset": tokens if Path(tokens).exists() else DATASET[0]}
     if model_path in msae.SHA256:
@@ -449,21 +443,24 @@ def evaluate(checkpoints, acts, labels, tokens, max_tokens, model_path, layer, d
     saes = {path: msae.MatryoshkaSAE.load(path) for path in checkpoints}
     if tokens:
         model, module = tiny_model(model_path, layer, device)
-        batches = token_batches(tokens, model)
+        batches = token_batches(tokens, model, batch_size=8)  # logits take much memory
         for path, sae in saes.items():
             if sae.metadata.get("hook_name", hook_name(model, layer)) != hook_name(model, layer):
                 raise click.BadParameter(f"{layer} is not where {path} was trained, {sae.metadata['hook_name']}", param_hint="--layer")
     files = [Path(out)] if out else [Path(path) / EVAL for path in saes if Path(path).is_dir()]
     for file in files:
         msae.output_folder(file.parent)
-    for path, sae in saes.items():
-        found = results[path] = {"checkpoint": path, "acts": acts, **msae.evaluate(sae.to(device), rows)}
-        if tokens:
-            found["loss"] = msae.loss_recovered(model, module, sae, limited(batches(), max_tokens), drop=(msae.BEGIN, msae.PAD))
-        if labels is not None:
-            chosen = np.sort(np.random.default_rng(0).permutation(len(rows))[:20_000])
-            found["labels"] = msae.probe(sae.cpu(), torch.from_numpy(rows.take(chosen)), labels.reshape(len(rows), -1)[chosen])
     names = short_names(checkpoints)
+    with progress() as bar:
+        for path, sae in saes.items():
+            figures = msae.evaluate(sae.to(device), rows, on_rows=bar.counter(names[path], len(rows)))
+            found = results[path] = {"checkpoint": path, "acts": acts, **figures}
+            if tokens:
+                ids = limited(batches(), max_tokens, bar.counter(f"{names[path]} spliced in", max_tokens))
+                found["loss"] = msae.loss_recovered(model, module, sae, ids, drop=(msae.BEGIN, msae.PAD))
+            if labels is not None:
+                chosen = np.sort(np.random.default_rng(0).permutation(len(rows))[:20_000])
+                found["labels"] = msae.probe(sae.cpu(), torch.from_numpy(rows.take(chosen)), labels.reshape(len(rows), -1)[chosen])
     console.print(figures_table({names[path]: found for path, found in results.items()}, "rows"))
     console.print(frequency_bars({names[path]: found for path, found in results.items()}))
     for path, found in results.items():
@@ -479,12 +476,14 @@ def evaluate(checkpoints, acts, labels, tokens, max_tokens, model_path, layer, d
     click.echo(f"wrote {', '.join(map(str, files)) or 'nothing: no folder, no --out'}")
 
 
-def limited(batches, most):
-    """The first batches, until ``most`` tokens."""
-    for ids in batches:
-        yield ids
-        most -= ids.numel()
-        if most <= 0:
+def limited(ids, most, on_tokens):
+    """The first batches of token ids, ``most`` ids or a few more; ``on_tokens`` is called with how many are done."""
+    done = 0
+    for batch in ids:
+        yield batch
+        done += batch.numel()
+        on_tokens(min(done, most))
+        if done >= most:
             return
 
 
@@ -751,6 +750,15 @@ class progress:
                 shown = time.monotonic()
                 print(f"{label}  {line}", flush=True)
         return show
+
+    def counter(self, label, total):
+        """A callback that shows how many rows of ``total`` are done."""
+        show, started = self.line(label, total), time.monotonic()
+
+        def count(n):
+            rate = max(n, 1) / max(time.monotonic() - started, 1e-9)
+            show(n, rate, (total - n) / rate, f"{n:,}/{total:,} rows")
+        return count
 
     def reporter(self, label, cfg):
         """A callback for ``msae.train`` that shows its figures."""

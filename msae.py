@@ -890,21 +890,22 @@ def deferred_signals():
 
 
 @torch.no_grad()
-def evaluate(sae, rows, batch_size=4096):
+def evaluate(sae, rows, batch_size=4096, on_rows=None):
     """Figures of ``sae`` over all ``rows`` (raw activations, anything ``Rows`` takes), in one pass.
 
     ``fvu = sum |x - recon|^2 / sum |x - mean|^2`` (predicting the mean gives 1), ``l0`` active latents per row, ``dead``
     fraction of latents that never fire on these rows, ``max_cosine`` mean over latents of the largest cosine with another
     decoder row, ``prefixes`` [{"latents", "fvu", "l0", "max_cosine"}] for each of ``sae.prefixes``, ``rows`` their number,
     ``frequencies`` {"edges", "counts"}: how many of the latents that fire do so on a share of the rows in [edge, next edge).
+    ``on_rows``: called with the rows so far.
     """
     rows = rows if isinstance(rows, Rows) else Rows(rows)
     levels, device = sae.prefixes, sae.b_dec.device
     error = torch.zeros(len(levels), dtype=torch.float64)
     fired = torch.zeros(len(sae.b_enc), dtype=torch.long, device=device)  # rows in which each latent is active
-    sums, squares = torch.zeros(rows.d_model, dtype=torch.float64), 0.0
+    sums, squares, n = torch.zeros(rows.d_model, dtype=torch.float64), 0.0, 0
     for x in rows.chunks(batch_size):
-        x = x.to(device)
+        x, n = x.to(device), n + len(x)
         acts, recon, start = sae.encode(x), sae.b_dec, 0
         fired += (acts > 0).sum(dim=0)
         for i, end in enumerate(levels):
@@ -914,6 +915,8 @@ def evaluate(sae, rows, batch_size=4096):
         offset = (x - sae.b_dec).cpu().double()  # near the mean, so that the variance does not cancel
         sums += offset.sum(dim=0)
         squares += float(offset.pow(2).sum())
+        if on_rows:
+            on_rows(n)
     total = squares - float(sums.pow(2).sum()) / len(rows)
     fvu = [e / total if total > 0 else math.nan for e in error.tolist()]
     fired = fired.cpu().double()
