@@ -424,7 +424,7 @@ def harvest(model_path, layer, device, tokens, max_rows, dtype, out):
 @click.option("--labels", type=click.Path(exists=True, dir_okay=False),
               help="A .npy with a whole number, or a row of 0 and 1, for each row of --acts: adds probing, absorption and erasure.")
 @click.option("--tokens", help="Token ids as for harvest: adds the cross-entropy of TinyModel with reconstructions spliced in.")
-@click.option("--max-tokens", type=click.IntRange(min=1), default=100_000, help="Of --tokens.")
+@click.option("--max-tokens", type=click.IntRange(min=1), default=100_000, help="Use this many of --tokens.")
 @tiny_model_options
 @click.option("--out", type=click.Path(dir_okay=False), help="JSON file.  [default: eval.json in each checkpoint's folder]")
 def evaluate(checkpoints, acts, labels, tokens, max_tokens, model_path, layer, device, out):
