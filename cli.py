@@ -290,7 +290,9 @@ def train(acts, device, out, config, spare, baseline, resume, init_from, save_mi
 @contextlib.contextmanager
 def processes(device):
     """(this process's device, whether it is the first): joins the processes that torchrun started, if it did."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    before = signal.getsignal(signal.SIGTERM)
+    if before is not signal.SIG_IGN:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         if "LOCAL_RANK" not in os.environ:
             yield device, True
@@ -305,7 +307,7 @@ def processes(device):
         yield device, torch.distributed.get_rank() == 0
         torch.distributed.destroy_process_group()
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 @contextlib.contextmanager
@@ -422,7 +424,8 @@ def harvest(model_path, layer, device, tokens, max_rows, dtype, out):
 @click.argument("checkpoints", nargs=-1, required=True)
 @click.option("--acts", required=True, type=click.Path(), help="Activations that training did not see, as for train.")
 @click.option("--labels", type=click.Path(exists=True, dir_okay=False),
-              help="A .npy with a whole number, or a row of 0 and 1, for each row of --acts: adds probing, absorption and erasure.")
+              help="A .npy with a whole number, or a row of 0 and 1, for each row of --acts: adds probing, absorption and erasure, "
+                   "on at most 20,000 of them.")
 @click.option("--tokens", help="Token ids as for harvest: adds the cross-entropy of TinyModel with reconstructions spliced in.")
 @click.option("--max-tokens", type=click.IntRange(min=1), default=100_000, help="Use this many of --tokens.")
 @tiny_model_options
@@ -444,9 +447,11 @@ def evaluate(checkpoints, acts, labels, tokens, max_tokens, model_path, layer, d
     if tokens:
         model, module = tiny_model(model_path, layer, device)
         batches = token_batches(tokens, model, batch_size=8)  # logits take much memory
+        names_here = [hook_name(model, i) for i in range(len(model.layers))]
         for path, sae in saes.items():
-            if sae.metadata.get("hook_name", hook_name(model, layer)) != hook_name(model, layer):
-                raise click.BadParameter(f"{layer} is not where {path} was trained, {sae.metadata['hook_name']}", param_hint="--layer")
+            trained = sae.metadata.get("hook_name")
+            if trained in names_here and trained != names_here[layer]:
+                raise click.BadParameter(f"{layer} is not where {path} was trained, {trained}", param_hint="--layer")
     files = [Path(out)] if out else [Path(path) / EVAL for path in saes if Path(path).is_dir()]
     for file in files:
         msae.output_folder(file.parent)
@@ -456,7 +461,7 @@ def evaluate(checkpoints, acts, labels, tokens, max_tokens, model_path, layer, d
             figures = msae.evaluate(sae.to(device), rows, on_rows=bar.counter(names[path], len(rows)))
             found = results[path] = {"checkpoint": path, "acts": acts, **figures}
             if tokens:
-                ids = limited(batches(), max_tokens, bar.counter(f"{names[path]} spliced in", max_tokens))
+                ids = limited(batches(), max_tokens, bar.counter(f"{names[path]} spliced in", max_tokens, "tokens"))
                 found["loss"] = msae.loss_recovered(model, module, sae, ids, drop=(msae.BEGIN, msae.PAD))
             if labels is not None:
                 chosen = np.sort(np.random.default_rng(0).permutation(len(rows))[:20_000])
@@ -510,8 +515,12 @@ def loss_table(name, loss):
     table.add_row("clean", "", f"{loss['clean']:.4f}", "100.0%")
     table.add_row("zeroed", "", f"{loss['zeroed']:.4f}", "0.0%", end_section=True)
     for level in loss["prefixes"]:
-        table.add_row("spliced", f"{level['latents']:,}", f"{level['spliced']:.4f}", f"{level['recovered']:.1%}")
+        table.add_row("spliced", f"{level['latents']:,}", f"{level['spliced']:.4f}", percent(level["recovered"]))
     return table
+
+
+def percent(share):
+    return "" if share is None else f"{share:.1%}"
 
 
 def label_table(name, found):
@@ -520,7 +529,7 @@ def label_table(name, found):
     table.add_row("raw rows", "", "", f"{found['raw']['f1']:.3f}", end_section=True)
     for level in found["prefixes"]:
         f1 = {score["k"]: f"{score['f1']:.3f}" for score in level["probes"]}
-        table.add_row(f"{level['latents']:,}", *(f1.get(k, "") for k in (1, 2, 5)), f"{level['absorption']:.1%}",
+        table.add_row(f"{level['latents']:,}", *(f1.get(k, "") for k in (1, 2, 5)), percent(level["absorption"]),
                       f"{level['splitting']:.1f}")
     table.caption = "erasure, fall of balanced accuracy, own and others': " + "; ".join(
         f"top {e['latents']} {e['own']:.3f} {e['others']:.3f}" for e in found["erasure"])
@@ -725,7 +734,7 @@ def model_card(sae, folder, repo, license, revision=None):
 
 
 class progress:
-    """A live line per training run in a terminal, a plain line every few seconds elsewhere."""
+    """A live line per run in a terminal, a plain line every few seconds elsewhere."""
 
     def __enter__(self):
         self.wide = console.width >= 95 or not console.is_terminal
@@ -737,27 +746,27 @@ class progress:
     def __exit__(self, *error):
         self.bar.stop()
 
-    def line(self, label, total):
-        """A function that shows: number done of ``total``, rows per second, seconds left, and what comes before and after those."""
+    def line(self, label, total, unit="rows"):
+        """A function that shows: number done of ``total``, units per second, seconds left, and what comes before and after those."""
         task, shown = self.bar.add_task(label, total=total, figures=""), -math.inf
 
         def show(done, rate, seconds, before, after=""):
             nonlocal shown
             left = datetime.timedelta(seconds=min(10**12, round(seconds)))
-            line = f"{before}  {f'{rate:,.0f} rows/s  ' if self.wide else ''}{left} left{after}"
+            line = f"{before}  {f'{rate:,.0f} {unit}/s  ' if self.wide else ''}{left} left{after}"
             self.bar.update(task, completed=done, figures=line)
             if not console.is_terminal and (done == total or time.monotonic() - shown > 10):
                 shown = time.monotonic()
                 print(f"{label}  {line}", flush=True)
         return show
 
-    def counter(self, label, total):
-        """A callback that shows how many rows of ``total`` are done."""
-        show, started = self.line(label, total), time.monotonic()
+    def counter(self, label, total, unit="rows"):
+        """A callback that shows how many units of ``total`` are done."""
+        show, started = self.line(label, total, unit), time.monotonic()
 
         def count(n):
             rate = max(n, 1) / max(time.monotonic() - started, 1e-9)
-            show(n, rate, (total - n) / rate, f"{n:,}/{total:,} rows")
+            show(n, rate, (total - n) / rate, f"{n:,}/{total:,} {unit}")
         return count
 
     def reporter(self, label, cfg):

@@ -338,7 +338,10 @@ class MatryoshkaSAE(nn.Module):
         write(folder / CONFIG, cfg)
 
     def to_dictionary_learning(self, folder):
-        """Write ``ae.pt`` and ``config.json``, as dictionary_learning 0.1 (``load_dictionary``) and ``load`` read them; k is rounded."""
+        """Write ``ae.pt`` and ``config.json``, as dictionary_learning 0.1 (``load_dictionary``) and ``load`` read them.
+
+        k is rounded, and 1 where it is unknown.
+        """
         folder, k, sizes = Path(folder), max(1, round(self.metadata.get("k") or 1)), np.diff(self.prefixes, prepend=0).tolist()
         folder.mkdir(parents=True, exist_ok=True)
         more = {"threshold": self.threshold.float().cpu(), "k": torch.tensor(k, dtype=torch.int32), "group_sizes": torch.tensor(sizes)}
@@ -384,7 +387,7 @@ class MatryoshkaSAE(nn.Module):
         _require(all(isinstance(n, int) and n > 0 for n in (D, F)), f"d_in and d_sae beside {path} must be whole numbers above 0", (D, F))
         prefixes = metadata.get("prefixes") if isinstance(metadata, dict) else 0
         _require(prefixes is None or isinstance(prefixes, list) and all(isinstance(p, int) for p in prefixes),
-                 f"metadata beside {path} must be an object whose prefixes are whole numbers", repr(prefixes))
+                 f"metadata beside {path} must be an object whose prefixes are whole numbers", repr(metadata))
         shapes = {"W_enc": (D, F), "b_enc": (F,), "W_dec": (F, D), "b_dec": (D,), "threshold": (F,)}
         check_tensors(tensors, {name: f"float32 {shape}" for name, shape in shapes.items()}, path)
         threshold = tensors["threshold"].clamp(min=0)  # dictionary_learning's -1 before the first batch lets all positive entries pass
@@ -933,7 +936,7 @@ def loss_recovered(model, module, sae, batches, at="input", drop=()):
 
     ``batches`` of token ids (B, T); positions whose id is in ``drop`` keep their stream and are not predicted. Returns
     {"clean", "zeroed", "tokens": how many, "prefixes": [{"latents", "spliced", "recovered"}]}, where
-    ``recovered = (zeroed - spliced) / (zeroed - clean)``.
+    ``recovered = (zeroed - spliced) / (zeroed - clean)``, None where those are equal.
     """
     def splice(prefix):
         return lambda x: sae.decode(sae.encode(x, prefix))
@@ -952,7 +955,8 @@ def loss_recovered(model, module, sae, batches, at="input", drop=()):
             sums[i] += float(nn.functional.cross_entropy(logits.float(), target, reduction="sum"))
     _require(n > 0, "the batches must have tokens to predict, number of them", n)
     clean, zeroed, *spliced = (total / n for total in sums)
-    levels = [{"latents": p, "spliced": s, "recovered": (zeroed - s) / (zeroed - clean or math.nan)} for p, s in zip(sae.prefixes, spliced)]
+    levels = [{"latents": p, "spliced": s,
+               "recovered": (zeroed - s) / (zeroed - clean) if zeroed != clean else None} for p, s in zip(sae.prefixes, spliced)]
     return {"clean": clean, "zeroed": zeroed, "tokens": n, "prefixes": levels}
 
 
@@ -1059,7 +1063,9 @@ def erase(sae, n, difference, test, w, raw):
 
 
 def _mean(values):
-    return float(values.nanmean())
+    """Mean of those that are not NaN, None if there are none."""
+    mean = float(values.nanmean())
+    return None if math.isnan(mean) else mean
 
 
 def _columns(sae, rows, latents, size=2048):
@@ -1069,7 +1075,9 @@ def _columns(sae, rows, latents, size=2048):
 
 def label_matrix(labels, n):
     """``labels``, (n,) whole numbers or (n, C) of 0 and 1, as a boolean matrix (n, C) and the names of its columns."""
-    labels = labels.cpu().numpy() if isinstance(labels, torch.Tensor) else np.asarray(labels)
+    if isinstance(labels, torch.Tensor):
+        labels = (labels.float() if labels.is_floating_point() else labels).cpu().numpy()
+    labels = np.asarray(labels)
     labels = labels.flatten() if labels.size == n else labels
     _require(labels.dtype.kind in "iub" and labels.ndim in (1, 2) and len(labels) == n,
              f"labels must be whole numbers ({n},) or 0 and 1 ({n}, C)", f"{labels.dtype} {labels.shape}")
@@ -1364,7 +1372,8 @@ def harvest(model, module, batches, out, at="output", drop=(), dtype="float16", 
 
     ``batches``: token ids (B, T), or dicts of what ``model`` takes by name, with "input_ids". Positions whose id is in
     ``drop``, or that an "attention_mask" leaves out, give no row. The forward pass ends after ``module``. ``out`` appears when
-    it is whole; written by plain appends, as a memory map dies where the disk is full. ``on_rows``: called with the rows so far.
+    it is whole, of ``dtype`` float16 or float32; written by plain appends, as a memory map dies where the disk is full.
+    ``on_rows``: called with the rows so far.
     ``ValueError`` for a model in training mode, a value that ``dtype`` cannot hold, or no rows; ``OSError`` if the disk is full.
     """
     _require(not model.training, "model must be in evaluation mode, call model.eval(): training", model.training)
@@ -1380,8 +1389,8 @@ def harvest(model, module, batches, out, at="output", drop=(), dtype="float16", 
                     model(**inputs) if named else model(ids)
                 found = tuple(captured[0].shape) if captured else "no call"
                 _require(found[:-1] == ids.shape, f"module must be called with one vector for each of the ids {tuple(ids.shape)}", found)
-                keep = inputs.get("attention_mask", torch.ones_like(ids)).bool()
-                keep &= ~torch.isin(ids, torch.tensor(list(drop), device=device, dtype=ids.dtype))
+                mask = inputs.get("attention_mask", torch.ones_like(ids)).bool()
+                keep = mask & ~torch.isin(ids, torch.tensor(list(drop), device=device, dtype=ids.dtype))
                 rows = captured[0][keep][: None if max_rows is None else max_rows - n].to(getattr(torch, dtype))
                 _require(bool(rows.isfinite().all()), f"activations must fit in {dtype}", "one that is too large, or NaN")
                 if width is None:

@@ -400,7 +400,7 @@ def damage(folder, how):
 
 @pytest.mark.parametrize("how, names", [("no cfg", "cfg.json"), ("no weights", "sae_weights"), ("cut weights", "damaged"),
                                         ("cut cfg", "JSON"), ("foreign architecture", "gated"), ("wrong shape", "17"),
-                                        ("missing tensor", "b_enc"), ("extra tensor", "mask"), ("not finite", "b_enc"), ("metadata a list", "metadata")])
+                                        ("missing tensor", "b_enc"), ("extra tensor", "mask"), ("not finite", "b_enc"), ("metadata a list", r"\[32\]")])
 def test_a_damaged_checkpoint_is_refused_by_name(tmp_path, how, names):
     msae.MatryoshkaSAE(16, 32).save(tmp_path)
     damage(tmp_path, how)
@@ -654,10 +654,11 @@ def test_ctrl_c_and_sigterm_save_and_say_how_to_go_on(acts, tmp_path, number, co
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
-def test_a_ctrl_c_that_the_shell_ignores_does_not_end_training(acts, tmp_path):
-    process = command(*run_arguments(acts, tmp_path / "run", steps=300), preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_the_shell_ignores_does_not_end_training(acts, tmp_path, number):
+    process = command(*run_arguments(acts, tmp_path / "run", steps=300), preexec_fn=lambda: signal.signal(number, signal.SIG_IGN))
     assert process.stdout.readline().startswith("train  step 50/")
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     assert "L0" in process.communicate()[0] and process.returncode == 0
     assert safetensors.torch.load_file(tmp_path / "run" / msae.STATE)["steps_done"] == 300
 
@@ -1008,10 +1009,11 @@ def test_harvest_writes_the_rows_of_the_stream_and_no_wasted_layer(tmp_path, mon
 
 
 def test_harvest_of_another_model_leaves_padding_out(tmp_path):
-    model, mask = Wrapped().eval(), torch.tensor([[1, 1, 1], [1, 0, 0]])
+    model, mask = Wrapped().eval(), torch.tensor([[True, True, True], [True, False, False]])
     batch = {"input_ids": torch.tensor([[0, 1, 2], [3, 0, 0]]), "attention_mask": mask}
     assert msae.harvest(model, model.block, [batch], tmp_path / "a.npy", dtype="float32") == 4
     np.testing.assert_allclose(np.load(tmp_path / "a.npy"), (2 * model.linear(torch.eye(4)))[[0, 1, 2, 3]].detach(), rtol=1e-5)
+    assert msae.harvest(model, model.block, [batch], tmp_path / "b.npy", drop=(0,)) == 3 and mask.sum() == 4
 
 
 def test_a_cut_harvest_leaves_no_file(tmp_path):
