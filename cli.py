@@ -441,8 +441,9 @@ def evaluate(checkpoints, acts, labels, tokens, max_tokens, model_path, layer, d
     """
     rows, device, results = msae.Rows(acts), msae.check_device(device), {}
     if labels:
-        labels = msae.read_npy(labels)
-        msae.label_matrix(labels, len(rows))
+        y = msae.check_labels(msae.read_npy(labels), len(rows))
+        chosen = np.sort(np.random.default_rng(0).permutation(len(rows))[:20_000])
+        labelled = torch.from_numpy(rows.take(chosen)), y[chosen]
     saes = {path: msae.MatryoshkaSAE.load(path) for path in checkpoints}
     if tokens:
         model, module = tiny_model(model_path, layer, device)
@@ -452,7 +453,7 @@ def evaluate(checkpoints, acts, labels, tokens, max_tokens, model_path, layer, d
             trained = sae.metadata.get("hook_name")
             if trained in names_here and trained != names_here[layer]:
                 raise click.BadParameter(f"{layer} is not where {path} was trained, {trained}", param_hint="--layer")
-    files = [Path(out)] if out else [Path(path) / EVAL for path in saes if Path(path).is_dir()]
+    files = {Path(out): None} if out else {Path(path) / EVAL: path for path in saes if Path(path).is_dir()}  # of one SAE, or all
     for file in files:
         msae.output_folder(file.parent)
     names = short_names(checkpoints)
@@ -463,21 +464,19 @@ def evaluate(checkpoints, acts, labels, tokens, max_tokens, model_path, layer, d
             if tokens:
                 ids = limited(batches(), max_tokens, bar.counter(f"{names[path]} spliced in", max_tokens, "tokens"))
                 found["loss"] = msae.loss_recovered(model, module, sae, ids, drop=(msae.BEGIN, msae.PAD))
-            if labels is not None:
-                chosen = np.sort(np.random.default_rng(0).permutation(len(rows))[:20_000])
-                found["labels"] = msae.probe(sae.cpu(), torch.from_numpy(rows.take(chosen)), labels.reshape(len(rows), -1)[chosen])
-    console.print(figures_table({names[path]: found for path, found in results.items()}, "rows"))
-    console.print(frequency_bars({names[path]: found for path, found in results.items()}))
-    for path, found in results.items():
+            if labels:
+                found["labels"] = msae.probe(sae.cpu(), *labelled)
+    named = {names[path]: found for path, found in results.items()}
+    console.print(figures_table(named, "rows"))
+    console.print(frequency_bars(named))
+    for name, found in named.items():
         if tokens:
-            console.print(loss_table(names[path], found["loss"]))
-        if labels is not None:
-            console.print(label_table(names[path], found["labels"]))
-    for path, found in results.items():
-        if not out and Path(path).is_dir():
-            msae.write(Path(path) / EVAL, found)
-    if out:
-        msae.write(out, found if len(results) == 1 else list(results.values()))
+            console.print(loss_table(name, found["loss"]))
+        if labels:
+            console.print(label_table(name, found["labels"]))
+    contents = list(results.values())
+    for file, of in files.items():
+        msae.write(file, results[of] if of else contents[0] if len(contents) == 1 else contents)
     click.echo(f"wrote {', '.join(map(str, files)) or 'nothing: no folder, no --out'}")
 
 
@@ -578,7 +577,7 @@ def bench(latents, d_model, batch_size, k, steps, device, dtype):
     table.add_row("rows per second", f"{batch_size / step:,.0f}")
     table.add_row("peak memory of this process", f"{peak / 2**20:,.0f} MiB" if peak else "not known here")
     console.print(f"batch {batch_size:,}, width {d_model:,}, {latents:,} latents, k {k:g}, {len(trainer.step_prefixes())} prefixes, "
-                  f"{trainer.dtype} on {device}", highlight=False)
+                  f"{trainer.dtype} on {device}")
     console.print(table)
 
 

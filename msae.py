@@ -164,6 +164,10 @@ def _require(ok, rule, value):
         raise ValueError(f"{rule}, got {value!s:.300}")
 
 
+def _one_line(error):
+    return f"{' '.join(str(error).split()):.300}"
+
+
 def _check_type(field, value):
     kinds = typing.get_args(field.type) or (field.type,)
     fits = isinstance(value, kinds) or float in kinds and isinstance(value, int)
@@ -1073,20 +1077,29 @@ def _columns(sae, rows, latents, size=2048):
     return torch.cat([sae.encode(part)[:, latents] for part in rows.split(size)]).movedim(0, 1)
 
 
-def label_matrix(labels, n):
-    """``labels``, (n,) whole numbers or (n, C) of 0 and 1, as a boolean matrix (n, C) and the names of its columns."""
+def check_labels(labels, n):
+    """``labels`` of ``n`` rows as a tensor: whole numbers (n,), or booleans (n, C) of 0 and 1; ``ValueError`` for anything else."""
     if isinstance(labels, torch.Tensor):
         labels = (labels.float() if labels.is_floating_point() else labels).cpu().numpy()
     labels = np.asarray(labels)
     labels = labels.flatten() if labels.size == n else labels
     _require(labels.dtype.kind in "iub" and labels.ndim in (1, 2) and len(labels) == n,
              f"labels must be whole numbers ({n},) or 0 and 1 ({n}, C)", f"{labels.dtype} {labels.shape}")
-    labels = torch.from_numpy(labels.astype(np.int64))
-    if labels.dim() == 2:
+    if labels.ndim == 2:
         _require(bool(((labels == 0) | (labels == 1)).all()), "labels (n, C) must be 0 and 1", "others")
-        return labels.bool(), [str(i) for i in range(labels.shape[1])]
+        return torch.from_numpy(labels == 1)
+    labels = torch.from_numpy(labels.astype(np.int64))
+    different = len(labels.unique())
+    _require(different <= 1000, "labels must have at most 1000 different values", different)
+    return labels
+
+
+def label_matrix(labels, n):
+    """The labels that ``check_labels`` takes as a boolean matrix (n, C), and the names of its columns."""
+    labels = check_labels(labels, n)
+    if labels.dim() == 2:
+        return labels, [str(i) for i in range(labels.shape[1])]
     names = labels.unique()
-    _require(len(names) <= 1000, "labels must have at most 1000 different values", len(names))
     return labels[:, None] == names, [str(name) for name in names.tolist()]
 
 
@@ -1308,7 +1321,7 @@ class TinyModel(nn.Module):
         except OSError:
             raise
         except Exception as error:  # of torch's reader, or a key or shape that does not fit
-            raise ValueError(f"{path} is not a state dict of TinyModel: {str(error).splitlines()[0]}") from None
+            raise ValueError(f"{path} is not a state dict of TinyModel: {_one_line(error)}") from None
         return model.eval()
 
 
@@ -1441,7 +1454,7 @@ def _npy_docs(path):
     _require(array.dtype.kind in "iu" and array.ndim == 2, f"{path} must hold whole numbers (docs, positions)",
              f"{array.dtype} {array.shape}")
     _require(array.flags.c_contiguous, f"{path} must be in C order to be read as rows", "Fortran order")
-    read = functools.partial(_read_file, path, _stamp(path), array.dtype, array.offset, array.shape[1])
+    read = _file_reader(path, array)
     return ((f"{path}, row {i}", read(i, i + 1)[0].astype(np.int64)) for i in range(len(array)))
 
 
@@ -1613,7 +1626,7 @@ def _open_part(array):
     _require(array.flags.c_contiguous or array.ndim == 2, f"{name} must be in C order to be read as rows", "Fortran order")
     rows = array.reshape(-1, array.shape[-1])
     if isinstance(array, np.memmap) and isinstance(array.base, mmap.mmap) and array.mode == "r" and array.flags.c_contiguous:
-        return _Part(name, *rows.shape, functools.partial(_read_file, name, _stamp(name), array.dtype, array.offset, rows.shape[1]))
+        return _Part(name, *rows.shape, _file_reader(name, array))
     return _Part(name, *rows.shape, lambda start, stop: rows[start:stop])
 
 
@@ -1623,12 +1636,17 @@ def _stamp(path):
     return found.st_size, found.st_mtime_ns
 
 
-def _read_file(path, stamp, dtype, offset, d_model, start, stop):
-    """Rows of a file by plain reads: pages touched through a memory map would count as this process's memory."""
-    values = np.fromfile(path, dtype, (stop - start) * d_model, offset=offset + start * d_model * dtype.itemsize)
-    if _stamp(path) != stamp:
-        raise OSError(f"{path} changed while it was read")
-    return values.reshape(-1, d_model)
+def _file_reader(path, array):
+    """(start, stop) -> rows of the ``.npy`` in C order that ``array`` maps, by plain reads: pages touched through a memory map
+    would count as this process's memory."""
+    stamp, dtype, offset, width = _stamp(path), array.dtype, array.offset, array.shape[-1]
+
+    def read(start, stop):
+        values = np.fromfile(path, dtype, (stop - start) * width, offset=offset + start * width * dtype.itemsize)
+        if _stamp(path) != stamp:
+            raise OSError(f"{path} changed while it was read")
+        return values.reshape(-1, width)
+    return read
 
 
 def to_float32(rows, out):
@@ -1647,7 +1665,7 @@ def read_npy(path):
     except OSError:
         raise
     except Exception as error:  # numpy's parser raises whatever a damaged header leads it to
-        raise ValueError(f"{path} is not a readable .npy file of numbers: {' '.join(str(error).split()):.300}") from None
+        raise ValueError(f"{path} is not a readable .npy file of numbers: {_one_line(error)}") from None
 
 
 def prefetch(batches, pin=False, depth=8):
@@ -1673,7 +1691,7 @@ def check_device(device):
     try:
         torch.ones(1, device=device).item()
     except (RuntimeError, AssertionError, ImportError) as error:
-        raise ValueError(f"device {device!r:.100} is not available here: {' '.join(str(error).split()):.300}") from None
+        raise ValueError(f"device {device!r:.100} is not available here: {_one_line(error)}") from None
     return torch.device(device)
 
 
@@ -1749,7 +1767,7 @@ def read_checkpoint(folder):
     except (OSError, ValueError):
         raise
     except Exception as error:  # torch and safetensors raise whatever a damaged file leads them to
-        raise ValueError(f"{path} is damaged or holds more than tensors: {type(error).__name__}: {error}".splitlines()[0][:300]) from None
+        raise ValueError(f"{path} is damaged or holds more than tensors: {type(error).__name__}: {_one_line(error)}") from None
     return tensors, cfg, path
 
 
