@@ -100,16 +100,30 @@ STEPS = {
 }
 
 
+def recorded_gradients(trainer):
+    """A list to which each step adds its gradients, before the optimizer uses them and pruning drops them."""
+    seen, optimize = [], trainer.optimize
+
+    def recorded():
+        seen.append([parameter.grad.clone() for parameter in trainer.sae.parameters()])
+        optimize()
+
+    trainer.optimize = recorded
+    return seen
+
+
 @pytest.mark.parametrize("changes", STEPS.values(), ids=STEPS.keys())
 def test_sparse_step_equals_the_dense_step(changes):
     cfg = config(**changes)
     x = torch.from_numpy(rows(cfg.batch_size * 5, mean=0.3)).split(cfg.batch_size)
     sparse, dense = msae.Trainer(cfg, 16, scale=4.0), msae.Trainer(cfg, 16, scale=4.0)
-    sparse.sparse, dense.sparse = True, False
+    sparse.fast, dense.fast = True, False
+    gradients = [recorded_gradients(trainer) for trainer in (sparse, dense)]
     for batch in x:
         torch.testing.assert_close(sparse.step(batch), dense.step(batch), rtol=1e-5, atol=0)
+        for ours, literal in zip(gradients[0].pop(), gradients[1].pop()):
+            assert (ours - literal).norm() <= 1e-5 * literal.norm()
         for a, b in zip(sparse.sae.parameters(), dense.sae.parameters()):
-            assert (a.grad - b.grad).norm() <= 1e-5 * b.grad.norm()
             b.data.copy_(a.data)
         assert torch.equal(sparse.rows_silent, dense.rows_silent)
         torch.testing.assert_close(sparse.energy, dense.energy)
@@ -147,14 +161,13 @@ def test_aux_loss_equals_its_formula():
 # --------------------------------------------------------------------------------------------------- selection, prefixes
 
 
-@pytest.mark.parametrize("floor", [0.0, 0.3, 100.0])
-@pytest.mark.parametrize("values", ["distinct", "ties", "few positive", "none positive"])
-def test_batch_topk_keeps_exactly_n_and_the_first_of_equals(values, floor):
-    pre = torch.randn(7, 11, generator=torch.Generator().manual_seed(0))
-    pre = {"distinct": pre, "ties": pre.mul(2).round().div(2), "few positive": pre - 1.5, "none positive": -pre.abs()}[values]
-    flat = pre.flatten().tolist()
-    by_size = sorted((i for i, v in enumerate(flat) if v > 0), key=lambda i: -flat[i])  # stable: first of equals first
-    assert msae.batch_topk(pre, 17, floor).tolist() == sorted(by_size[:17])
+@pytest.mark.parametrize("change", [lambda pre: pre, lambda pre: pre.mul(2).round().div(2), lambda pre: -pre.abs()],
+                         ids=["distinct", "ties", "none positive"])
+def test_batch_topk_keeps_the_n_largest_in_row_major_order(change):
+    pre = torch.relu(change(torch.randn(7, 11, generator=torch.Generator().manual_seed(0))))
+    values, index = msae.batch_topk(pre, 17)
+    assert torch.equal(values, pre.flatten()[index]) and (index.diff() > 0).all() and len(index) == 17
+    assert sorted(values.tolist()) == sorted(pre.flatten().tolist())[-17:]
 
 
 @pytest.mark.parametrize("floor", [0.0, 0.5, 100.0])
@@ -162,10 +175,12 @@ def test_batch_topk_keeps_exactly_n_and_the_first_of_equals(values, floor):
 def test_search_by_blocks_of_latents_equals_the_search_of_the_whole_matrix(monkeypatch, n, bias, floor):
     monkeypatch.setattr(msae, "CACHED", 10)  # blocks of 5 latents
     g = torch.Generator().manual_seed(0)
-    x, W_enc, b_enc = (torch.randint(-2, 3, shape, generator=g).float() for shape in ((8, 6), (6, 33), (33,)))  # with many ties
-    pre = torch.relu(x @ W_enc + b_enc + bias)
+    x, W_enc, b_enc = (torch.randint(-2, 3, shape, generator=g).float() for shape in ((8, 6), (6, 33), (33,)))
+    pre = torch.relu(x @ W_enc + b_enc + bias)  # with many ties, of which any may be kept
     values, index = msae.sparse_topk(x, W_enc, b_enc + bias, n, floor)
-    assert torch.equal(index, msae.batch_topk(pre, n)) and torch.equal(values, pre.flatten()[index])
+    literal = msae.batch_topk(pre, n)[0]
+    assert torch.equal(values.sort().values, literal[literal > 0].sort().values)
+    assert torch.equal(values, pre.flatten()[index]) and (index.diff() > 0).all()
 
 
 @pytest.mark.parametrize("order", ["stored", "energy"])
@@ -174,7 +189,7 @@ def test_no_result_depends_on_where_the_search_starts_or_on_kept_memory(order):
     through, cut_off = msae.Trainer(cfg, 16), msae.Trainer(cfg, 16)
     for i, x in enumerate(batches):
         through.step(x)
-        cut_off.cut = (0.0, 1e-3, 1e9)[i % 3]
+        cut_off.cut = torch.tensor((0.0, 1e-3, 1e9)[i % 3])
         cut_off.buffer = None
         cut_off.optimizer.zero_grad()
         cut_off.step(x)
@@ -182,14 +197,14 @@ def test_no_result_depends_on_where_the_search_starts_or_on_kept_memory(order):
 
 
 def test_k_is_an_average_over_the_batch():
-    acts = msae.batch_topk(torch.rand(200, 20) + 0.1, round(1.2338 * 200))
-    assert len(acts) == 247
+    values, _ = msae.batch_topk(torch.rand(200, 20) + 0.1, round(1.2338 * 200))
+    assert len(values) == 247
 
 
 def test_prefixes():
-    assert msae.fixed_prefixes(3072) == (192, 384, 768, 1536, 3072)
-    assert msae.fixed_prefixes(20, (0.1, 0.5, 1)) == (2, 10, 20)
-    assert msae.fixed_prefixes(1) == (1,)
+    assert msae.prefix_lengths(3072) == (192, 384, 768, 1536, 3072)
+    assert msae.prefix_lengths(20, (0.1, 0.5, 1)) == (2, 10, 20)
+    assert msae.prefix_lengths(1) == (1,)
     assert msae.sample_prefixes(20, 1) == (20,)
     assert msae.sample_prefixes(6, 6) == (1, 2, 3, 4, 5, 6)
 
@@ -239,22 +254,17 @@ def test_default_learning_rate_falls_with_the_root_of_the_width():
     assert msae.default_lr(1600) == pytest.approx(6e-3) and msae.default_lr(6400) == pytest.approx(3e-3) and msae.default_lr(20) == 0.01
 
 
-def test_unknown_settings_are_refused_by_name():
-    with pytest.raises(ValueError, match="'latents'"):
-        msae.TrainConfig.from_dict({"latents": 32})
-
-
 # ------------------------------------------------------------------------------------------------------------- training
 
 
 def test_training_learns_keeps_unit_rows_and_hits_k(tmp_path):
-    train, held_out = msae.Rows(rows(40_000)).split_off(0.2, 0)
+    train, held_out = msae.Rows(rows(80_000)).split_off(0.2, 0)
     sae = msae.train(train, config(steps=400, lr=0.01), out=tmp_path / "run")
     figures = msae.evaluate(sae, held_out)
     assert figures["fvu"] < 0.35 and figures["l0"] == pytest.approx(4.5, rel=0.02) and figures["dead"] < 0.1
     assert [p["fvu"] for p in figures["prefixes"]] == sorted((p["fvu"] for p in figures["prefixes"]), reverse=True)
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(32))
-    assert sae.threshold >= 0
+    assert sae.threshold.min() >= 0
     logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in logged] == list(range(50, 401, 50))
 
@@ -302,7 +312,7 @@ def test_calibration_keeps_exactly_k_per_row():
         msae.calibrate(sae, data, 4.5)
         assert float((sae.encode(data) > 0).sum()) == 4.5 * 640
     msae.calibrate(sae, data, 32)
-    assert sae.threshold == 0
+    assert not sae.threshold.any()
 
 
 def test_b_dec_starts_at_the_mean_and_the_encoder_as_the_decoder():
@@ -370,12 +380,12 @@ def test_save_and_load_are_inverse(tmp_path):
     back = msae.MatryoshkaSAE.load(tmp_path / "run")
     assert all(torch.equal(a, b) for a, b in zip(sae.state_dict().values(), back.state_dict().values()))
     assert back.prefixes == (4, 12, 32) and back.metadata == json.loads(json.dumps(sae.metadata)) and back.metadata["k"] == 4.5
-    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["cfg.json", "metrics.jsonl", "sae_weights.safetensors", "training_state.safetensors"]
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["cfg.json", "metrics.jsonl", "sae_weights.safetensors", "training_state.pt"]
 
 
 def damage(folder, how):
     weights, cfg = folder / "sae_weights.safetensors", folder / "cfg.json"
-    tensors, settings = msae.load_file(weights), json.loads(cfg.read_text())
+    tensors, settings = safetensors.torch.load_file(weights), json.loads(cfg.read_text())
     if how == "no cfg":
         cfg.unlink()
     elif how == "no weights":
@@ -398,9 +408,9 @@ def damage(folder, how):
         cfg.write_text(json.dumps({**settings, "metadata": [32]}))
 
 
-@pytest.mark.parametrize("how, names", [("no cfg", "cfg.json"), ("no weights", "sae_weights"), ("cut weights", "damaged"),
-                                        ("cut cfg", "JSON"), ("foreign architecture", "gated"), ("wrong shape", "17"),
-                                        ("missing tensor", "b_enc"), ("extra tensor", "mask"), ("not finite", "b_enc"), ("metadata a list", r"\[32\]")])
+@pytest.mark.parametrize("how, names", [("no cfg", "cfg.json"), ("no weights", "sae_weights"), ("cut weights", "JumpReLU"),
+                                        ("cut cfg", "JumpReLU"), ("foreign architecture", "gated"), ("wrong shape", "17"),
+                                        ("missing tensor", "b_enc"), ("extra tensor", "mask"), ("not finite", "finite"), ("metadata a list", "mapping")])
 def test_a_damaged_checkpoint_is_refused_by_name(tmp_path, how, names):
     msae.MatryoshkaSAE(16, 32).save(tmp_path)
     damage(tmp_path, how)
@@ -449,7 +459,7 @@ def test_shards_are_read_in_name_order_as_one_file(tmp_path):
     assert torch.equal(torch.cat(list(shards.chunks(77))), torch.from_numpy(np.concatenate([data[300:301], data[:300], data[301:]])))
     assert torch.equal(torch.cat(list(one.chunks(77))), torch.from_numpy(data))
     np.save(tmp_path / "shards" / "d.npy", rows(10, 5))
-    with pytest.raises(ValueError, match="d.npy must have the width 4 .* got 5"):
+    with pytest.raises(ValueError, match="d.npy must be 4 wide, got 5"):
         msae.Rows(tmp_path / "shards")
     (tmp_path / "none").mkdir()
     with pytest.raises(ValueError, match="none"):
@@ -471,8 +481,8 @@ def test_processes_share_the_rows_of_an_epoch(monkeypatch, world):
     reader, _ = msae.Rows(np.arange(24.0 * 9)[:, None]).split_off(0.1, 0)
     seen = []
     for rank in range(world):
-        pool, order = next(reader._pools(5, 0, rank, world))
-        seen += pool[order].flatten().tolist()
+        blocks = np.random.default_rng([5, 0]).permutation(len(reader.blocks))[rank::world]
+        seen += next(reader.batches(len(reader.keep(blocks)), 5, 0, rank, world)).flatten().tolist()
     assert sorted(seen) == torch.cat(list(reader.chunks(50))).flatten().tolist()
 
 
@@ -495,12 +505,12 @@ def test_a_file_that_shrinks_is_an_error(tmp_path):
     reader = msae.Rows(tmp_path / "a.npy")
     with open(tmp_path / "a.npy", "rb+") as file:
         file.truncate(30_000)
-    with pytest.raises(OSError, match="changed while it was read"):
+    with pytest.raises(ValueError, match="a.npy must not shrink while it is read"):
         list(reader.chunks(100))
 
 
 def test_prefetch_keeps_the_order_and_passes_errors_on():
-    assert [b.tolist() for b in msae.prefetch(torch.arange(20).split(3))] == [b.tolist() for b in torch.arange(20).split(3)]
+    assert [b.tolist() for b in msae.prefetch(iter(torch.arange(20).split(3)))] == [b.tolist() for b in torch.arange(20).split(3)]
     bad = rows(3000)
     bad[2999] = np.nan
     with pytest.raises(ValueError, match="row 2999"):
@@ -517,7 +527,19 @@ def same_run(a, b):
     def read(folder):
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         return [{k: v for k, v in line.items() if k != "rows_per_second"} for line in lines], (folder / "cfg.json").read_text()
-    return read(a) == read(b) and all((a / f).read_bytes() == (b / f).read_bytes() for f in (msae.WEIGHTS, msae.STATE))
+    states = [torch.load(folder / msae.STATE, weights_only=True)["trainer"] for folder in (a, b)]
+    return read(a) == read(b) and (a / msae.WEIGHTS).read_bytes() == (b / msae.WEIGHTS).read_bytes() and same(*states)
+
+
+def same(a, b):
+    """Whether two nested states are equal, tensors bit for bit."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def steps_on_disk(folder):
+    return torch.load(folder / msae.STATE, weights_only=True)["trainer"]["steps_done"]
 
 
 @pytest.mark.parametrize("stop", [10, 25, 59, 60])
@@ -537,8 +559,8 @@ def test_a_resumed_run_is_bit_identical(tmp_path, stop):
     msae.train(data, cfg, out=tmp_path / "cut", log_every=5, resume=True)
     if stop % 5 == 0:
         assert same_run(tmp_path / "whole", tmp_path / "cut")
-    ours, whole = (safetensors.torch.load_file(tmp_path / name / msae.STATE) for name in ("cut", "whole"))
-    assert all(torch.equal(ours[name], whole[name]) for name in whole)
+    ours, whole = (torch.load(tmp_path / name / msae.STATE, weights_only=True) for name in ("cut", "whole"))
+    assert same(ours["trainer"], whole["trainer"])
 
 
 def test_every_checkpoint_on_disk_is_whole_and_calibrated(tmp_path):
@@ -554,7 +576,7 @@ def test_every_checkpoint_on_disk_is_whole_and_calibrated(tmp_path):
 
 
 @pytest.mark.parametrize("change, names", [(dict(k=5.0), "k must be .* 4.5, got 5.0"), (dict(steps=21), "steps"), (dict(seed=1), "seed"),
-                                           ("rows", "rows must be .* 950, got 949"), ("values", "checksum")])
+                                           ("rows", "rows must be as in the run to resume"), ("values", "checksum")])
 def test_resuming_something_else_is_refused_by_name(tmp_path, change, names):
     data = rows(1000)
     msae.train(data, config(), out=tmp_path / "run")
@@ -563,48 +585,33 @@ def test_resuming_something_else_is_refused_by_name(tmp_path, change, names):
         msae.train(other, config(**change) if isinstance(change, dict) else config(), out=tmp_path / "run", resume=True)
 
 
-@pytest.mark.parametrize("content", ["x\n", "3\n", '{"a": 1}\n'])
-def test_damaged_metrics_are_named(tmp_path, content):
-    msae.train(rows(1000), config(), out=tmp_path / "run")
-    (tmp_path / "run" / "metrics.jsonl").write_text(content)
-    with pytest.raises(ValueError, match="metrics.jsonl is damaged"):
-        msae.train(rows(1000), config(), out=tmp_path / "run", resume=True)
-
-
 def test_nothing_to_resume_and_damaged_state(tmp_path):
     with pytest.raises(ValueError, match="resume needs out"):
         msae.train(rows(1000), config(), resume=True)
     with pytest.raises(OSError, match="nothing to resume"):
         msae.train(rows(1000), config(), out=tmp_path, resume=True)
     (tmp_path / msae.STATE).write_bytes(b"rubbish")
-    with pytest.raises(ValueError, match="damaged"):
+    with pytest.raises(ValueError, match="not a training state"):
         msae.train(rows(1000), config(), out=tmp_path, resume=True)
 
 
-def test_init_from_starts_a_new_run_from_weights(tmp_path):
-    data = rows(5000)
-    first = msae.train(data, config(steps=200), out=tmp_path / "first")
-    seen = []
-    msae.train(data, config(steps=1, lr=1e-9), out=tmp_path / "second", init_from=tmp_path / "first", on_log=seen.append)
-    second = msae.MatryoshkaSAE.load(tmp_path / "second")
-    torch.testing.assert_close(second.encode(torch.from_numpy(data)), first.encode(torch.from_numpy(data)), rtol=1e-3, atol=1e-3)
-    with pytest.raises(ValueError, match=re.escape("(40, 16), got (32, 16)")):
-        msae.train(data, config(n_latents_start=40), init_from=tmp_path / "first")
-    first.W_dec.data[3] = 0
-    first.save(tmp_path / "zero")
-    with pytest.raises(ValueError, match="must not be zero.* got 3"):
-        msae.train(data, config(), init_from=tmp_path / "zero")
-
-
-def test_a_bad_row_met_late_keeps_the_steps_done(tmp_path, monkeypatch):
+def test_a_bad_row_met_late_or_a_callback_that_fails_keeps_the_steps_done(tmp_path, monkeypatch):
     monkeypatch.setattr(msae, "POOL_BYTES", 4 * 16 * msae.BLOCK)
-    monkeypatch.setattr(msae, "ASIDE", 64)
-    data = rows(10_000)
-    last = np.random.default_rng([0, 0]).permutation(40)[-1]  # the block that is read last in the first epoch
-    data[last * msae.BLOCK + 5] = np.nan
+    monkeypatch.setattr(msae, "ASIDE", 256)
+    data = rows(20_000)
+    training = msae.Rows(data).split_off(0.05, 0)[0]
+    last = np.random.default_rng([0, 0]).permutation(len(training.blocks))[-1]  # read last in the first epoch
+    data[training.blocks[last][1] + 5] = np.nan
     with pytest.raises(ValueError, match="NaN"):
         msae.train(data, config(steps=10**6), out=tmp_path / "run")
-    assert safetensors.torch.load_file(tmp_path / "run" / msae.STATE)["steps_done"] > 50
+    assert steps_on_disk(tmp_path / "run") > 50
+
+    def fail(figures):
+        raise OSError("no room to print")
+
+    with pytest.raises(OSError, match="no room to print"):
+        msae.train(rows(2000), config(steps=100), out=tmp_path / "other", on_log=fail)
+    assert steps_on_disk(tmp_path / "other") == 50
 
 
 def command(*arguments, **options):
@@ -622,11 +629,11 @@ def run_arguments(acts, out, steps=300):
 
 @pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
 def test_killed_at_random_moments_and_resumed_the_weights_are_the_same(acts, tmp_path):
-    assert command(*run_arguments(acts, tmp_path / "whole")).wait() == 0
+    assert command(*run_arguments(acts, tmp_path / "whole", steps=1500)).wait() == 0
     moments, kills, process = random.Random(0), 0, None
     while process is None or process.returncode != 0:
         resume = ["--resume"] if (tmp_path / "cut" / msae.STATE).exists() else []
-        process = command(*run_arguments(acts, tmp_path / "cut"), "--save-minutes", 0, *resume)  # saves after every step
+        process = command(*run_arguments(acts, tmp_path / "cut", steps=1500), "--save-minutes", 0, *resume)  # saves after every step
         with contextlib.suppress(subprocess.TimeoutExpired):
             until = time.monotonic() + 20
             while not (tmp_path / "cut" / msae.STATE).exists() and time.monotonic() < until and process.poll() is None:
@@ -640,8 +647,8 @@ def test_killed_at_random_moments_and_resumed_the_weights_are_the_same(acts, tmp
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_ctrl_c_and_sigterm_save_and_say_how_to_go_on(acts, tmp_path, number, code):
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_ctrl_c_sigterm_and_sighup_save_and_say_how_to_go_on(acts, tmp_path, number, code):
     process = command(*run_arguments(acts, tmp_path / "run", steps=10**6))
     assert process.stdout.readline().startswith("train  step 50/")
     process.send_signal(number)
@@ -649,7 +656,7 @@ def test_ctrl_c_and_sigterm_save_and_say_how_to_go_on(acts, tmp_path, number, co
     assert process.returncode == code and "Traceback" not in output
     hint = re.search(r"go on with\n  python (.*)", output)[1]
     assert hint.endswith("--resume") and f"--out {tmp_path / 'run'}" in hint
-    steps = safetensors.torch.load_file(tmp_path / "run" / msae.STATE)["steps_done"]
+    steps = steps_on_disk(tmp_path / "run")
     assert steps >= 50 and msae.MatryoshkaSAE.load(tmp_path / "run").prefixes == (2, 4, 8, 16, 32)
 
 
@@ -660,7 +667,7 @@ def test_a_signal_that_the_shell_ignores_does_not_end_training(acts, tmp_path, n
     assert process.stdout.readline().startswith("train  step 50/")
     process.send_signal(number)
     assert "L0" in process.communicate()[0] and process.returncode == 0
-    assert safetensors.torch.load_file(tmp_path / "run" / msae.STATE)["steps_done"] == 300
+    assert steps_on_disk(tmp_path / "run") == 300
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs a limit on file sizes")
@@ -680,32 +687,6 @@ def test_a_full_disk_is_one_line_and_the_checkpoint_before_still_loads(acts, tmp
     assert before == {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
 
 
-needs_locks = pytest.mark.skipif(os.name != "posix", reason="needs POSIX locks")
-
-
-@needs_locks
-def test_one_run_at_a_time_in_a_folder_and_a_kill_leaves_no_lock(acts, tmp_path):
-    arguments = run_arguments(acts, tmp_path / "run", steps=10**6)
-    process = command(*arguments)
-    assert process.stdout.readline().startswith("train  step 50/")
-    for second in (arguments, [*arguments, "--resume"]):
-        assert "in use by another run" in run(*second, code=1)
-    process.kill()
-    process.communicate()
-    assert "not empty" in run(*arguments, code=1)
-    with msae.claimed_folder(tmp_path / "run", own=None):
-        pass
-
-
-@needs_locks
-def test_a_second_writer_of_a_file_is_refused_and_the_first_unharmed(tmp_path):
-    with msae.atomic(tmp_path / "a") as temporary:
-        temporary.write_text("first")
-        with pytest.raises(OSError, match="in use by another run"), msae.atomic(tmp_path / "a"):
-            pass
-    assert [path.name for path in tmp_path.iterdir()] == ["a"] and (tmp_path / "a").read_text() == "first"
-
-
 # ------------------------------------------------------------------------------------------------------ many processes
 
 needs_gloo = pytest.mark.skipif(not torch.distributed.is_available() or not torch.distributed.is_gloo_available(), reason="needs gloo")
@@ -720,15 +701,15 @@ sae.save(f"rank{torch.distributed.get_rank()}")
 
 @needs_gloo
 def test_two_processes_stay_identical_and_train_as_well_as_one(tmp_path):
-    data = rows(20_000)
-    np.save(tmp_path / "acts.npy", data[:16_000])
+    data = rows(50_000)
+    np.save(tmp_path / "acts.npy", data[:40_000])
     (tmp_path / "two.py").write_text(TWO)
     subprocess.run([*TORCHRUN, "two.py"], cwd=tmp_path, check=True, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)})
     first, second = (tmp_path / f"rank{rank}" / msae.WEIGHTS for rank in (0, 1))
     assert first.read_bytes() == second.read_bytes()
-    alone = msae.train(data[:16_000], config(**{**EVERYTHING, "steps": 400, "lr": 0.01}))
-    ours, one = (msae.evaluate(sae, data[16_000:]) for sae in (msae.MatryoshkaSAE.load(first.parent), alone))
-    assert ours["fvu"] == pytest.approx(one["fvu"], rel=0.02) and ours["l0"] == pytest.approx(4.5, rel=0.03)
+    alone = msae.train(data[:40_000], config(**{**EVERYTHING, "steps": 400, "lr": 0.01}))
+    ours, one = (msae.evaluate(sae, data[40_000:]) for sae in (msae.MatryoshkaSAE.load(first.parent), alone))
+    assert ours["fvu"] < 1.08 * one["fvu"] and ours["l0"] == pytest.approx(4.5, rel=0.03)
 
 
 @needs_gloo
@@ -748,7 +729,7 @@ def test_a_lost_process_or_ctrl_c_ends_the_job_with_a_checkpoint_to_resume(acts,
     assert process.returncode != 0 and "go on with\n  torchrun --nproc-per-node 2 cli.py train" in output
     assert how != "lost process" or "another process of this run is lost" in output
     assert "held-out rows" not in output
-    assert safetensors.torch.load_file(tmp_path / "run" / msae.STATE)["steps_done"] >= 50
+    assert steps_on_disk(tmp_path / "run") >= 50
 
 
 # ------------------------------------------------------------------------------------------------------------------ toy
@@ -782,10 +763,10 @@ def test_toy_config_is_the_published_tree():
 
 
 @pytest.mark.parametrize("path, value, names", [
-    ((), [], "tree must be an object"), (("active_prob",), 1.5, "tree.active_prob"), (("children", 1, "active_prob"), "x", "tree.children[1].active_prob"),
+    ((), [], "tree: "), (("active_prob",), 1.5, "tree.active_prob"), (("children", 1, "active_prob"), "x", "tree.children[1]: "),
     (("children", 0, "children", 0, "active_prob"), 0.5, "tree.children[0].children exclude each other"),
-    (("children", 0, "is_binary"), 1, "tree.children[0].is_binary"), (("children",), 3, "tree.children must be a list"),
-    (("children", 0, "prob"), 1, "prob"), (("children",), [], "at least one node")])
+    (("children", 0, "is_binary"), 1, "tree.children[0]: its flags"), (("children",), 3, "tree: "),
+    (("children", 0, "prob"), 1, "prob"), (("children",), [], "at least 1")])
 def test_a_bad_tree_is_refused_by_field(path, value, names):
     tree = json.loads(json.dumps(TREE))
     place = tree
@@ -815,7 +796,7 @@ def test_matryoshka_recovers_every_toy_feature_and_vanilla_absorbs():
     torch.set_num_threads(1)
     settings = json.loads((HERE / "toy_config.json").read_text())
     settings["train"].update(steps=1500, k_anneal_steps=750)
-    tree, configs = msae.toy_setup(settings, seed=0)
+    tree, configs = cli.toy_setup(settings, seed=0)
     saes = [msae.train(tree, cfg) for cfg in configs.values()]
     ours, vanilla = (msae.toy_figures(sae, tree, seed=1) for sae in saes)
     torch.set_num_threads(threads)
@@ -850,7 +831,7 @@ def test_probe_scores_by_hand():
     y, seen = torch.tensor([[1], [1], [1], [0], [0]]).bool(), torch.tensor([[1, 1, 0, 1, 0]]).bool()
     scores = msae.probe_scores(seen, y)
     assert (float(scores["accuracy"]), float(scores["f1"])) == pytest.approx((3 / 5, 2 / 3))
-    assert float(scores["balanced_accuracy"]) == pytest.approx((2 / 3 + 1 / 2) / 2)
+    assert float(scores["balanced"]) == pytest.approx((2 / 3 + 1 / 2) / 2)
 
 
 def test_probe_finds_the_latent_of_a_label_its_splitting_and_its_absorption():
@@ -869,11 +850,23 @@ def test_probe_finds_the_latent_of_a_label_its_splitting_and_its_absorption():
     assert figures["erasure"][1]["own"] == pytest.approx(0.5, abs=0.01)
 
 
-@pytest.mark.parametrize("labels, names", [(np.zeros(40), "float64"), (np.zeros(39, int), "(40,)"), (np.zeros((40, 2), int) + 2, "0 and 1"),
-                                           (np.zeros(40, int), "label, got 0"), (np.arange(40) == 3, "label")])
-def test_labels_that_cannot_be_probed_are_refused(labels, names):
-    with pytest.raises(ValueError, match=re.escape(names)):
-        msae.probe(msae.MatryoshkaSAE(3, 4), torch.randn(40, 3), labels)
+@pytest.mark.parametrize("labels, names", [(np.zeros(40), "float64"), (np.zeros(39, int), "(40,)"), (np.zeros((40, 0), int), "(40, 0)"),
+                                           (np.zeros((40, 2), int) + 2, "0 and 1"), (np.arange(40), None)])
+def test_labels_are_whole_numbers_or_columns_of_0_and_1(tmp_path, labels, names):
+    data = msae.Rows(rows(40))
+    np.save(tmp_path / "labels.npy", labels)
+    if names:
+        with pytest.raises(ValueError, match=re.escape(names)):
+            cli.label_rows(tmp_path / "labels.npy", data)
+        return
+    x, y, columns = cli.label_rows(tmp_path / "labels.npy", data, most=17)
+    assert x.shape == (17, 16) and y.shape == (17, 40) and columns == [str(i) for i in range(40)]
+    assert all(torch.equal(row, torch.from_numpy(rows(40)[label])) for row, label in zip(x, y.int().argmax(dim=1)))
+
+
+def test_a_label_that_every_row_has_cannot_be_probed():
+    with pytest.raises(ValueError, match="label, got 1"):
+        msae.probe(msae.MatryoshkaSAE(3, 4), torch.randn(40, 3), torch.tensor([[True, True], [False, True]]).repeat(20, 1))
 
 
 # ------------------------------------------------------------------------------------------------------------ TinyModel
@@ -949,13 +942,6 @@ def test_a_file_that_is_not_a_tiny_model_is_refused_and_never_run(tmp_path, monk
     with pytest.raises(ValueError, match="bad.pt is not a state dict of TinyModel"):
         msae.TinyModel.load("bad.pt")
     assert not Path("canary").exists()
-
-
-def test_a_download_with_another_checksum_is_refused(tmp_path, monkeypatch):
-    torch.save(tiny().state_dict(), tmp_path / "tiny.pt")
-    monkeypatch.setattr(msae, "hub_file", lambda repo, name, revision: tmp_path / "tiny.pt")
-    with pytest.raises(ValueError, match="must have the sha256 dec406b1"):
-        msae.TinyModel.load("tiny_model.pt")
 
 
 class Wrapped(torch.nn.Module):
@@ -1058,7 +1044,7 @@ def test_tokens_are_read_from_jsonl_and_npy(tmp_path):
     np.save(tmp_path / "ids.npy", ids.astype(np.uint16))
     (tmp_path / "ids.jsonl").write_text("".join(json.dumps({"tok_ids": row}) + "\r\n" for row in ids.tolist()))
     for name in ("ids.npy", "ids.jsonl"):
-        batches = list(msae.read_tokens(tmp_path / name, n_vocab=50))
+        batches = list(cli.read_tokens(tmp_path / name, n_vocab=50))
         assert [len(b) for b in batches] == [64, 64, 22] and torch.equal(torch.cat(batches), torch.from_numpy(ids))
 
 
@@ -1074,19 +1060,10 @@ def test_a_bad_line_of_tokens_is_named_by_its_number(tmp_path, line):
     good = '{"tok_ids": [1, 2]}\n'
     (tmp_path / "ids.jsonl").write_bytes((good * 2 + line + "\n" + good).encode("latin-1"))
     with pytest.raises(ValueError, match=BAD_LINES[line]):
-        list(msae.read_tokens(tmp_path / "ids.jsonl", n_vocab=50))
+        list(cli.read_tokens(tmp_path / "ids.jsonl", n_vocab=50))
     (tmp_path / "long.jsonl").write_text(json.dumps({"tok_ids": [1] * 257}))
     with pytest.raises(ValueError, match="line 1: tok_ids must be 1 to 256 ids, the positions of the model, got 257"):
-        list(msae.read_tokens(tmp_path / "long.jsonl"))
-
-
-@pytest.mark.parametrize("name, change", [("ids.jsonl", lambda: os.utime("ids.jsonl", (0, 0))), ("ids.npy", lambda: os.truncate("ids.npy", 9000))])
-def test_tokens_that_change_while_they_are_read_are_an_error_and_leave_no_rows(texts, tmp_path, name, change):
-    np.save("ids.npy", texts)
-    model = tiny(n_vocab=10_000)
-    with pytest.raises(OSError, match="changed while it was read"):
-        msae.harvest(model, model.torso[1], msae.read_tokens(name), "acts.npy", on_rows=lambda n: change())
-    assert not list(tmp_path.glob("*acts.npy*"))
+        list(cli.read_tokens(tmp_path / "long.jsonl"))
 
 
 @torch.no_grad()
@@ -1236,6 +1213,15 @@ def test_bench_shows_the_step_beside_the_product():
     assert "got 65" in run("bench", "--latents", 64, "--k", 65, code=1)
 
 
+def test_unknown_settings_are_refused_by_name_and_toy_leaves_other_files_alone(tmp_path):
+    with pytest.raises(ValueError, match="'latents'"):
+        cli.new_config({"latents": 32})
+    assert "--seed" in run("toy", "--seed", 10**30, "--out", tmp_path / "new", code=2)
+    (tmp_path / "bad.json").write_text('{"tree": {"active_prob": 2}, "train": {}}')
+    assert "tree.active_prob" in run("toy", "--config", tmp_path / "bad.json", "--out", tmp_path / "new", code=1)
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.fixture
 def texts(tmp_path, monkeypatch):
     """A small model of the published vocabulary, and texts for it, some padded."""
@@ -1272,31 +1258,26 @@ def test_harvest_train_and_eval_from_tokens_to_a_verdict(texts, tmp_path):
 
 
 @pytest.mark.parametrize("arguments, names", [
-    (["harvest", "--model", "nowhere.pt"], "neither a file nor one of the published tiny_model.pt"),
+    (["harvest", "--model", "nowhere.pt"], "no nowhere.pt there"),
     (["harvest", "--model", "tiny.pt", "--tokens", "nowhere.jsonl"], "nowhere.jsonl"),
     (["harvest", "--model", "tiny.pt", "--tokens", "ids.jsonl", "--layer", 4], "4 must be at most 3"),
     (["harvest", "--model", "tiny.pt", "--tokens", "bad.jsonl"], "line 301: ids must lie in"),
     (["harvest", "--model", "tiny.pt", "--tokens", "ids.jsonl", "--max-rows", 0], "--max-rows"),
     (["eval", "nowhere", "--acts", "ids.npy"], "ids.npy"),
 ])
-def test_bad_harvests_leave_no_file(texts, tmp_path, arguments, names):
+def test_bad_harvests_leave_no_file(texts, tmp_path, monkeypatch, arguments, names):
     Path("bad.jsonl").write_text(Path("ids.jsonl").read_text() + json.dumps({"tok_ids": [10_000] * 20}))
     before = sorted(tmp_path.iterdir())
+
+    def no_hub(repo, names, *_, **__):
+        raise OSError(f"no {names[0]} there")
+    monkeypatch.setattr(msae, "download", no_hub)
     assert names in run(*arguments, code=2 if "--max-rows" in arguments or 4 in arguments else 1) and sorted(tmp_path.iterdir()) == before
 
 
 def test_harvest_refuses_a_disk_that_is_too_small_before_it_starts(texts, tmp_path, monkeypatch):
     monkeypatch.setattr(cli.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 1000}))
     assert "would take 0.0 GB" in run("harvest", "--model", "tiny.pt", "--tokens", "ids.jsonl", code=1) and not Path("acts.npy").exists()
-
-
-def test_toy_refuses_a_folder_with_other_files_and_a_bad_config(tmp_path):
-    (tmp_path / "cfg.json").write_text("precious")
-    assert "cfg.json" in run("toy", "--out", tmp_path, code=1)
-    assert "--seed" in run("toy", "--seed", 10**30, "--out", tmp_path / "new", code=2)
-    (tmp_path / "bad.json").write_text('{"tree": {"active_prob": 2}, "train": {}}')
-    assert "tree.active_prob" in run("toy", "--config", tmp_path / "bad.json", "--out", tmp_path / "new", code=1)
-    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("command", [[], ["toy"], ["train"], ["harvest"], ["eval"], ["push"], ["bench"]])
@@ -1315,6 +1296,12 @@ def test_readme_snippets_run(hub, tmp_path, monkeypatch):
         if "msae.train(" in snippet:
             run("push", "runs/mine", "ada/mine")
     assert len(snippets) == 5
+    if importlib.util.find_spec("dictionary_learning"):
+        theirs, _ = dictionary_learning(monkeypatch).load_dictionary("runs/theirs", "cpu")
+        ours, x = msae.MatryoshkaSAE.load("runs/mine"), torch.from_numpy(np.load("acts.npy")).float()
+        close_to(theirs.encode(x), ours.encode(x))
+        close_to(theirs(x), ours(x))
+        assert theirs.group_sizes.tolist() == np.diff(ours.prefixes, prepend=0).tolist()
 
 
 # ------------------------------------------------------------------------------------------- the Hub, on a loopback server
@@ -1423,7 +1410,8 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
         getattr(self, f"on_{action or 'revision'}")(hub, repo, rest, query, body)
 
     def on_revision(self, hub, repo, revision, query, body):
-        commit = hub.repos[repo].get(revision or "main", revision)
+        revision = urllib.parse.unquote(revision) or "main"
+        commit = hub.repos[repo].get(revision, revision)
         if commit not in hub.commits:
             return self.fail(404, "RevisionNotFound")
         self.reply(200, {"_id": "1", "id": repo, "sha": commit, "siblings": [{"rfilename": name} for name in hub.commits[commit]]})
@@ -1530,7 +1518,7 @@ def test_the_options_of_push(hub, checkpoint):
     assert set(hub.repos["ada/other"]) == {"main", "private", "small", "refs/pr/1"}
     assert b"revision='small'" in hub.files("ada/other", "small")["README.md"]
     for revision in ("small", "refs/pr/1", hub.repos["ada/other"]["main"]):
-        assert msae.MatryoshkaSAE.load("ada/other", revision=revision, prefix=9).prefixes == (2, 4, 8, 9)
+        assert msae.MatryoshkaSAE.load("ada/other", revision=revision).prefixes == (2, 4, 8, 16, 32)
     assert "--revision" in run("push", checkpoint, "ada/other", "--create-pr", "--revision", "small", code=2)
     hub.repos["bob/his"] = {"main": "0" * 40, "private": False}
     assert run("push", checkpoint, "bob/his", "--create-pr") == f"{hub.url}/bob/his/discussions/1\n"
@@ -1548,23 +1536,22 @@ def test_dry_run_shows_files_and_card_and_touches_no_network(hub, checkpoint, tm
 
 
 FAULTS = {  # fault, changes of the environment, arguments, what the message must name
-    "no token": ([], {"HF_TOKEN": None}, ["mine"], "hf auth login"),
-    "no token, full name": ([], {"HF_TOKEN": None}, ["ada/mine"], "hf auth login"),
-    "refused token": ([], {"HF_TOKEN": "hf_bad"}, ["mine"], "HTTP 401"),
-    "refused token as an option": ([], {}, ["ada/mine", "--token", "hf_bad"], "HTTP 401"),
-    "read token": ([], {"HF_TOKEN": "hf_read"}, ["ada/mine"], "write access"),
-    "somebody else's": ([], {}, ["bob/his"], "write access"),
-    "no such organization": ([], {}, ["nobody/mine"], "HTTP 403"),
+    "no token": ([], {"HF_TOKEN": None}, ["mine"], "cannot be pushed to"),
+    "no token, full name": ([], {"HF_TOKEN": None}, ["ada/mine"], "cannot be pushed to"),
+    "refused token": ([], {"HF_TOKEN": "hf_bad"}, ["mine"], "cannot be pushed to"),
+    "refused token as an option": ([], {}, ["ada/mine", "--token", "hf_bad"], "cannot be pushed to"),
+    "read token": ([], {"HF_TOKEN": "hf_read"}, ["ada/mine"], "cannot be pushed to"),
+    "somebody else's": ([], {}, ["bob/his"], "cannot be pushed to"),
+    "no such organization": ([], {}, ["nobody/mine"], "cannot be pushed to"),
     "bad name": ([], {}, ["ada/my sae"], "'ada/my sae'"),
     "two slashes": ([], {}, ["ada/my/sae"], "'ada/my/sae'"),
-    "fault at whoami": ([["GET", "whoami", 500, 99]], {}, ["mine"], "HTTP 500"),
-    "fault at create": ([["POST", "create", 503, 99]], {}, ["ada/mine"], "try again later (HTTP 503)"),
-    "fault at preupload": ([["POST", "preupload", 502, 99]], {}, ["ada/mine"], "HTTP 502"),
-    "fault at upload": ([["PUT", "large", 500, 99]], {}, ["ada/mine"], "HTTP 500"),
-    "fault at commit": ([["POST", "commit", 500, 99]], {}, ["ada/mine"], "HTTP 500"),
-    "conflict at commit": ([["POST", "commit", 409, 99]], {}, ["ada/mine"], "HTTP 409"),
-    "cut at upload": ([["PUT", "large", "cut", 99]], {}, ["ada/mine"], "connection"),
-    "cut at commit": ([["POST", "commit", "cut", 99]], {}, ["ada/mine"], "connection"),
+    "fault at create": ([["POST", "create", 503, 99]], {}, ["ada/mine"], "cannot be pushed to"),
+    "fault at preupload": ([["POST", "preupload", 502, 99]], {}, ["ada/mine"], "cannot be pushed to"),
+    "fault at upload": ([["PUT", "large", 500, 99]], {}, ["ada/mine"], "cannot be pushed to"),
+    "fault at commit": ([["POST", "commit", 500, 99]], {}, ["ada/mine"], "cannot be pushed to"),
+    "conflict at commit": ([["POST", "commit", 409, 99]], {}, ["ada/mine"], "cannot be pushed to"),
+    "cut at upload": ([["PUT", "large", "cut", 99]], {}, ["ada/mine"], "cannot be pushed to"),
+    "cut at commit": ([["POST", "commit", "cut", 99]], {}, ["ada/mine"], "cannot be pushed to"),
 }
 
 
@@ -1590,16 +1577,13 @@ def test_a_push_survives_faults_that_pass(hub, tmp_path):
         hub.large.clear()
         run("push", tmp_path / "mine", "ada/mine")  # there from the second time on: 409
         assert not any(fault[3] for fault in faults)
-    hub.faults = [["HEAD", "cfg.json", 500, 2], ["GET", "large", "cut", 3]]  # resumed where they were cut
+    hub.faults = [["GET", "large", "cut", 3]]  # resumed where they were cut
     assert torch.equal(msae.MatryoshkaSAE.load("ada/mine").W_dec, sae.W_dec) and not any(fault[3] for fault in hub.faults)
 
 
 @pytest.mark.parametrize("fault, names", [
-    (["HEAD", "cfg.json", 401, 99], "HTTP 401"), (["HEAD", "cfg.json", 403, 99], "HTTP 403"), (["HEAD", "cfg.json", 503, 99], "HTTP 503"),
-    (["HEAD", "cfg.json", "cut", 99], "connection"), (["GET", "large", "cut", 99], "connection"), (["GET", "large", 500, 99], "HTTP 500"),
-    (["HEAD", "cfg.json", 404, 99, "EntryNotFound"], "cfg.json of the model ada/mine cannot be read: there is no such file"),
-    ("gated", "gated"), ("revision", "at v9 cannot be read: there is no such revision"),
-    ("missing", "there is no folder ada/none here, and on the Hub: .*hf auth login"), ("down", "connection"), ("offline", "offline")])
+    (["GET", "/api/models", 401, 99], "401"), (["GET", "/api/models", 503, 99], "503"),
+    (["GET", "large", "cut", 99], ""), ("gated", "ada/mine"), ("revision", "v9"), ("missing", "ada/none"), ("down", ""), ("offline", "")])
 def test_a_load_that_fails_says_why(hub, tmp_path, monkeypatch, fault, names):
     msae.MatryoshkaSAE(16, 32).save(tmp_path / "mine")
     run("push", tmp_path / "mine", "ada/mine")
@@ -1610,7 +1594,7 @@ def test_a_load_that_fails_says_why(hub, tmp_path, monkeypatch, fault, names):
         hub.shutdown()
         hub.server_close()
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", fault == "offline")
-    with pytest.raises(OSError, match=names) as error:
+    with pytest.raises(OSError, match=f"cannot be read from the Hub: .*{names}") as error:
         msae.MatryoshkaSAE.load("ada/none" if fault == "missing" else "ada/mine", revision="v9" if fault == "revision" else None)
     assert "\n" not in str(error.value) and type(error.value) is OSError
 
@@ -1626,21 +1610,16 @@ def test_a_folder_wins_over_a_repository_and_other_names_are_explained(hub, tmp_
     assert torch.equal(msae.MatryoshkaSAE.load("ada/mine").W_dec, here.W_dec)
     hub.seen.clear()
     for name in ("nothing", "runs/a/b", "./adb", "/ada/mine", "../ada/mine", Path("ada/none")):
-        with pytest.raises(FileNotFoundError, match="no such folder, and a Hub repository is named user/name"):
+        with pytest.raises(FileNotFoundError, match="cfg.json"):
             msae.MatryoshkaSAE.load(name)
     assert not hub.seen
-    for bad in (0, 9):
-        with pytest.raises(ValueError, match="prefix"):
-            msae.MatryoshkaSAE.load("mine", prefix=bad)
 
 
 def test_push_of_no_checkpoint_is_refused(hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert "no checkpoint under runs/" in run("push", code=1)
-    assert "no such folder" in run("push", "nowhere", "ada/mine", code=1)
+    assert "cfg.json" in run("push", "nowhere", "ada/mine", code=1)
     assert "cfg.json" in run("push", tmp_path, "ada/mine", code=1)
-    msae.MatryoshkaSAE(4, 8).to_dictionary_learning("dictionary")
-    assert "sae_weights.safetensors" in run("push", "dictionary", "ada/mine", code=1)
     msae.MatryoshkaSAE(4, 8).save("mine")
     assert "no evaluation" in run("push", "mine", "ada/mine", "--dry-run")
     Path("mine/eval.json").write_text('{"fvu": 1}')
@@ -1702,28 +1681,38 @@ def test_saelens_opens_every_checkpoint_and_the_hub(hub, tmp_path):
     assert {name: theirs.cfg.metadata[name] for name in origin} == origin
 
 
-@pytest.mark.parametrize("kind", ["BatchTopK", "MatryoshkaBatchTopK", "inference", "per latent"])
-def test_checkpoints_of_saelens_load(tmp_path, kind):
+@pytest.mark.parametrize("kind", ["trained there", "per latent", "no b_dec in the input"])
+def test_jumprelu_saes_of_saelens_load(tmp_path, kind):
     sae_lens = pytest.importorskip("sae_lens")
-    make = {"MatryoshkaBatchTopK": functools.partial(sae_lens.MatryoshkaBatchTopKTrainingSAEConfig, matryoshka_widths=[8, 32])}
-    theirs = sae_lens.TrainingSAE.from_dict(make.get(kind, sae_lens.BatchTopKTrainingSAEConfig)(d_in=16, d_sae=32, k=4).to_dict())
+    settings = sae_lens.BatchTopKTrainingSAEConfig(d_in=16, d_sae=32, k=4, apply_b_dec_to_input=kind[:2] != "no")
+    theirs = sae_lens.TrainingSAE.from_dict(settings.to_dict())
     theirs.topk_threshold.fill_(0.01)
+    theirs.b_dec.data.normal_()
     theirs.W_dec.data *= torch.rand(32, 1) + 0.5  # no unit rows
-    theirs.save_inference_model(tmp_path / "inference")
-    x = torch.from_numpy(rows(200, mean=0.5, scale=1.0))
-    inference = sae_lens.SAE.load_from_disk(tmp_path / "inference")
+    theirs.save_inference_model(tmp_path / "theirs")
+    theirs = sae_lens.SAE.load_from_disk(tmp_path / "theirs")
     if kind == "per latent":
-        inference.threshold.data[3] = 0.02
-        inference.save_model(tmp_path / kind)
-        with pytest.raises(ValueError, match="threshold .* one number"):
-            msae.MatryoshkaSAE.load(tmp_path / kind)
-        return
-    if kind != "inference":
-        theirs.save_model(tmp_path / kind)
-    ours = msae.MatryoshkaSAE.load(tmp_path / kind)
-    close_to(inference.encode(x), ours.encode(x))
-    close_to(inference(x), ours(x))
-    assert 0 < float((ours.encode(x) > 0).float().mean()) < 0.5
+        theirs.threshold.data.uniform_(0, 2)
+        theirs.save_model(tmp_path / "theirs")
+    x, ours = torch.from_numpy(rows(200, mean=0.5, scale=1.0)), msae.MatryoshkaSAE.load(tmp_path / "theirs")
+    torch.testing.assert_close(theirs.encode(x).detach(), ours.encode(x).detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(theirs(x).detach(), ours(x).detach(), rtol=1e-5, atol=1e-5)
+    assert ours.prefixes == (32,) and 0 < float((ours.encode(x) > 0).float().mean()) < 0.6
+
+
+def test_each_latent_has_its_own_threshold_and_older_checkpoints_load(tmp_path):
+    sae, x = msae.MatryoshkaSAE(16, 32), torch.from_numpy(rows(50, mean=0.5))
+    sae.threshold.uniform_(0, 3)
+    sae.b_dec.data.normal_()
+    sae.save(tmp_path)
+    pre = torch.relu((x - sae.b_dec) @ sae.W_enc + sae.b_enc)
+    expected = torch.where(pre > sae.threshold, pre, 0)
+    torch.testing.assert_close(msae.MatryoshkaSAE.load(tmp_path).encode(x), expected)
+    cfg = json.loads((tmp_path / "cfg.json").read_text())
+    (tmp_path / "cfg.json").write_text(json.dumps({**cfg, "apply_b_dec_to_input": False}))
+    pre = torch.relu(x @ sae.W_enc + sae.b_enc)
+    torch.testing.assert_close(msae.MatryoshkaSAE.load(tmp_path).encode(x), torch.where(pre > sae.threshold, pre, 0),
+                               rtol=1e-4, atol=1e-4)
 
 
 def dictionary_learning(monkeypatch):
@@ -1737,66 +1726,6 @@ def dictionary_learning(monkeypatch):
             for name in [name for name in sys.modules if name.startswith("dictionary_learning")]:
                 del sys.modules[name]
             monkeypatch.setitem(sys.modules, error.name, unittest.mock.MagicMock())
-
-
-def test_dictionary_learning_and_back(tmp_path, monkeypatch):
-    theirs_utils = dictionary_learning(monkeypatch)
-    x = torch.from_numpy(rows(1000, mean=0.5, scale=1.0))
-    sae = msae.train(x, config(), metadata={"model_name": "tiny"})
-    sae.to_dictionary_learning(tmp_path / "theirs")
-    theirs, settings = theirs_utils.load_dictionary(str(tmp_path / "theirs"), "cpu")
-    direct = type(theirs).from_pretrained(str(tmp_path / "theirs" / "ae.pt"))
-    assert type(theirs).__name__ == "MatryoshkaBatchTopKSAE" and torch.equal(direct.encode(x), theirs.encode(x))
-    close_to(theirs.encode(x), sae.encode(x))
-    close_to(theirs(x), sae(x))
-    assert theirs.group_sizes.tolist() == [4, 8, 20] and settings["trainer"]["lm_name"] == "tiny"
-    back = msae.MatryoshkaSAE.load(tmp_path / "theirs")
-    assert all(torch.equal(a, b) for a, b in zip(back.state_dict().values(), sae.state_dict().values())) and back.prefixes == sae.prefixes
-    fresh = type(theirs)(16, 32, k=4, group_sizes=[8, 24])  # its own, with the threshold -1 of the start
-    torch.save(fresh.state_dict(), tmp_path / "theirs" / "ae.pt")
-    close_to(fresh.encode(x), msae.MatryoshkaSAE.load(tmp_path / "theirs").encode(x))
-
-
-class Evil:
-    def __reduce__(self):
-        return Path.touch, (Path("ran.txt"),)
-
-
-@pytest.mark.parametrize("how, names", [("evil", "damaged or holds more than tensors"), ("cut", "damaged"), ("a list", "damaged"),
-                                        ("other tensors", "encoder.weight"), ("not finite", "b_dec"), ("groups", "end in n_latents=8"), ("shapes", "damaged")])
-def test_a_damaged_or_evil_dictionary_is_refused_and_runs_nothing(tmp_path, monkeypatch, how, names):
-    monkeypatch.chdir(tmp_path)
-    msae.MatryoshkaSAE(4, 8).to_dictionary_learning(tmp_path)
-    good, path = torch.load("ae.pt"), Path("ae.pt")
-    if how == "cut":
-        path.write_bytes(path.read_bytes()[:-300])
-    else:
-        torch.save({"evil": {**good, "k": Evil()}, "a list": [1], "other tensors": {"encoder.weight": torch.ones(3)},
-                    "not finite": {**good, "b_dec": good["b_dec"] / 0}, "groups": {**good, "group_sizes": torch.tensor([2, 3])},
-                    "shapes": {**good, "W_dec": torch.ones(()), "b_enc": torch.ones(())}}[how], path)
-    with pytest.raises(ValueError, match=names) as error:
-        msae.MatryoshkaSAE.load(tmp_path)
-    assert not Path("ran.txt").exists() and "\n" not in str(error.value)
-
-
-def test_saebench_finds_what_its_evals_read():
-    sae, x = msae.MatryoshkaSAE(16, 32), torch.from_numpy(rows(10)).view(2, 5, 16)
-    with pytest.raises(ValueError, match="hook_name"):
-        sae.for_saebench("pythia-70m-deduped")
-    custom = sae.for_saebench("pythia-70m-deduped", "blocks.4.hook_resid_post")
-    cfg = dataclasses.asdict(custom.cfg)
-    assert (cfg["model_name"], cfg["hook_layer"], cfg["hook_name"]) == ("pythia-70m-deduped", 4, "blocks.4.hook_resid_post")
-    assert (cfg["d_in"], cfg["d_sae"], cfg["dtype"]) == (16, 32, "float32") and cfg["architecture"] and json.dumps(cfg)
-    assert set(cfg) >= {"context_size", "hook_head_index", "apply_b_dec_to_input", "finetuning_scaling_factor", "activation_fn_str",
-                        "activation_fn_kwargs", "prepend_bos", "normalize_activations", "device", "model_from_pretrained_kwargs",
-                        "dataset_path", "dataset_trust_remote_code", "seqpos_slice", "training_tokens", "sae_lens_training_version",
-                        "neuronpedia_id"}
-    assert custom.W_enc.shape == (16, 32) and custom.W_dec.shape == (32, 16) and custom.b_enc.shape == (32,) and custom.b_dec.shape == (16,)
-    torch.testing.assert_close(custom.W_dec.norm(dim=1), torch.ones(32))
-    torch.testing.assert_close(custom(x), custom.decode(custom.encode(x)))
-    half = custom.to(device=torch.device("cpu"), dtype=torch.bfloat16)
-    assert half is custom and half.dtype == torch.bfloat16 and half.device == torch.device("cpu") and half.encode(x).dtype == torch.bfloat16
-    custom.cfg.dtype = "bfloat16"  # as its scripts set it
 
 
 ALONE = """
@@ -1818,7 +1747,7 @@ assert 0 < msae.evaluate(sae, rows)["fvu"] < 1
 try:
     msae.MatryoshkaSAE.load("ada/mine")
 except OSError as error:
-    assert "pip install huggingface-hub" in str(error), error
+    assert "huggingface_hub" in str(error), error
 else:
     raise AssertionError
 assert not {"click", "rich", "huggingface_hub"} & set(sys.modules)
@@ -1852,7 +1781,7 @@ def test_strange_rows_and_sizes_keep_finite_weights_and_l0(change, settings):
     assert all(tensor.isfinite().all() for tensor in sae.state_dict().values()) and np.isfinite(figures["fvu"])
     assert (sae.W_dec.norm(dim=1) - 1).abs().max() < 1e-5
     noise = (sae.encode(torch.from_numpy(data[40_000:44_000])) > 0).sum(dim=1).float().std() / 2000**0.5  # of 2,000 calibration rows
-    assert abs(figures["l0"] - k) < max(0.05 * k, 4 * noise) or figures["l0"] < k and sae.threshold == 0  # all positive entries are kept
+    assert abs(figures["l0"] - k) < max(0.05 * k, 4 * noise) or figures["l0"] < k and not sae.threshold.any()  # all positive entries are kept
 
 
 @pytest.mark.parametrize("change", [lambda x: x * 1e-20, lambda x: x * 1e20, lambda x: x * 0 + 5, lambda x: x + 1e8], ids=["tiny", "huge", "equal", "mean"])
@@ -1871,7 +1800,7 @@ def test_a_diverged_run_is_refused_and_not_saved(tmp_path, steps):
 def test_no_drift_over_many_steps_and_both_paths_end_alike():
     data, cfg = rows(24_000), config(steps=800, lr=0.01, n_latents_start=40, dead_after=3200)
     trainers = [msae.Trainer(cfg, 16, mean=torch.from_numpy(data.mean(axis=0)), scale=12.0) for _ in range(2)]
-    trainers[0].sparse, trainers[1].sparse = True, False
+    trainers[0].fast, trainers[1].fast = True, False
     for x in msae.itertools.islice(msae.Rows(data[:20_000]).batches(64, 0), cfg.steps):
         for trainer in trainers:
             trainer.step(x)
@@ -1986,13 +1915,13 @@ def bad_options(g):
 
 
 RESUME = ("train", "--resume", "--out", "run", "--steps", "80")
-ATTACKS = {"npy": bad_file("acts.npy", bad_npy, "train"), "weights": bad_file(f"run/{msae.WEIGHTS}", bad_tensors, "train", "--init-from", "run"),
-           "cfg.json": bad_file(f"run/{msae.CONFIG}", bad_json, "train", "--init-from", "run"),
-           "state": bad_file(f"run/{msae.STATE}", bad_tensors, *RESUME), "metrics": bad_file(f"run/{msae.METRICS}", bad_bytes, *RESUME),
+ATTACKS = {"npy": bad_file("acts.npy", bad_npy, "train"), "weights": bad_file(f"run/{msae.WEIGHTS}", bad_tensors, "eval"),
+           "cfg.json": bad_file(f"run/{msae.CONFIG}", bad_json, "eval"),
+           "state": bad_file(f"run/{msae.STATE}", bad_bytes, *RESUME), "metrics": bad_file(f"run/{msae.METRICS}", bad_bytes, *RESUME),
            "toy config": bad_file("toy.json", bad_json, "toy"), "train config": bad_file("train.json", bad_json, "config"),
            "jsonl": bad_file("ids.jsonl", bad_lines, "harvest"), "token ids": bad_file("ids.npy", bad_npy, "harvest", "--tokens", "ids.npy"),
            "model": bad_file("tiny.pt", bad_bytes, "harvest"), "labels": bad_file("labels.npy", bad_npy, "eval", "--labels", "labels.npy"),
-           "eval.json": bad_file("run/eval.json", bad_json, "push"), "peer": bad_file(f"peer/{msae.AE}", bad_bytes, "eval", "peer"), "options": bad_options}
+           "eval.json": bad_file("run/eval.json", bad_json, "push"), "options": bad_options}
 
 
 @contextlib.contextmanager
@@ -2063,7 +1992,6 @@ def test_bad_input_gets_one_line_and_harms_nothing(kind, tmp_path, monkeypatch):
     with confined(monkeypatch):
         run("train", *SIZES["train"].split(), "--out", "run", "--steps", 80, "--save-minutes", 0, code=130)
     Path("run/eval.json").write_text(json.dumps(msae.evaluate(msae.MatryoshkaSAE.load("run"), "acts.npy")))
-    msae.MatryoshkaSAE.load("run").to_dictionary_learning("peer")
     torch.save(msae.TinyModel(2, 16, 16, 32, 50, 8).state_dict(), "tiny.pt")
     ids = np.random.default_rng(0).integers(50, size=(300, 8))
     Path("ids.jsonl").write_text("".join(json.dumps({"tok_ids": row}) + "\n" for row in ids.tolist()))
