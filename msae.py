@@ -67,7 +67,7 @@ class MatryoshkaSAE(nn.Module):
     def __init__(self, d_model, n_latents, prefixes=None, generator=None):
         super().__init__()
         W_dec = nn.functional.normalize(torch.randn(n_latents, d_model, generator=generator), dim=1)
-        self.W_enc = nn.Parameter(W_dec.T.contiguous())
+        self.W_enc = nn.Parameter(W_dec.T.clone(memory_format=torch.contiguous_format))
         self.b_enc = nn.Parameter(torch.zeros(n_latents))
         self.W_dec = nn.Parameter(W_dec)
         self.b_dec = nn.Parameter(torch.zeros(d_model))
@@ -76,8 +76,7 @@ class MatryoshkaSAE(nn.Module):
         self.metadata = {}
 
     def pre_acts(self, x, prefix=None):
-        """``relu((x - b_dec) @ W_enc + b_enc)`` of the first ``prefix`` latents: (..., D) -> (..., prefix).
-        """
+        """``relu((x - b_dec) @ W_enc + b_enc)`` of the first ``prefix`` latents: (..., D) -> (..., p)."""
         D = len(self.b_dec)
         _require(x.shape[-1:] == (D,), f"the last dimension of x must be the model width {D}", tuple(x.shape))
         x = x.to(self.b_dec.dtype) - self.b_dec
@@ -120,8 +119,8 @@ class MatryoshkaSAE(nn.Module):
         folder = download(source, [CONFIG, WEIGHTS], revision) if on_hub else Path(source)
         with reading(folder, "a JumpReLU checkpoint of SAELens"):
             cfg = json.loads((folder / CONFIG).read_text())
-            for name, needed in SAELENS.items():
-                _require(cfg.get(name) in (needed, None), f"{name} must be {needed}", repr(cfg.get(name)))
+            for name, needed in SAELENS.items():  # the last is missing in older ones
+                _require(cfg.get(name, "none") == needed, f"{name} must be {needed}", repr(cfg.get(name)))
             metadata = {"prefixes": [cfg["d_sae"]], **(cfg.get("metadata") or {})}
             sae = cls(cfg["d_in"], cfg["d_sae"], metadata["prefixes"], torch.Generator())
             sae.load_state_dict(safetensors.torch.load_file(folder / WEIGHTS))  # these five, of these shapes
@@ -151,8 +150,7 @@ def prefix_lengths(n_latents, prefixes=None):
 
 
 def sample_prefixes(n_latents, n_prefixes, power=0.5, generator=None):
-    """``n_latents`` and ``n_prefixes - 1`` smaller lengths ``L``, drawn with ``P(L) ~ L^power -
-    (L-1)^power``.
+    """``n_latents`` and ``n_prefixes - 1`` smaller lengths ``L`` of ``P(L) ~ L^power - (L-1)^power``.
 
     Without replacement. ``power`` 1 is uniform, towards 0 favours short prefixes (the original's comment,
     noanabeshima/matryoshka-saes, has that inverted).
@@ -172,11 +170,11 @@ def batch_topk(pre, n):
 
 
 def nested_loss(x, acts, W_dec, b_dec, prefixes, weights=None):
-    """``sum_p w_p mean_B |x - b_dec - acts[:, :p] @ W_dec[:p]|^2``, a scalar; ``prefixes`` end in F, ``w_p``
-    are 1/P.
+    """``sum_p w_p mean_B |x - b_dec - acts[:, :p] @ W_dec[:p]|^2``: a scalar.
 
-    Each block of latents between two prefixes is decoded once. Learning rates do not transfer from the peers:
-    dictionary_learning weighs each term 1/P^2, SAELens 1, bartbussmann adds a level of b_dec alone.
+    ``x (B, D)``, ``acts (B, F)``; ``prefixes`` end in F, weights default to 1/P. Each block of latents
+    between two prefixes is decoded once. Learning rates do not transfer from the peers: dictionary_learning
+    weighs each term 1/P^2, SAELens 1, bartbussmann adds a level of b_dec alone.
     """
     weights = weights or [1 / len(prefixes)] * len(prefixes)
     sizes = np.diff(prefixes, prepend=0).tolist()
@@ -188,11 +186,10 @@ def nested_loss(x, acts, W_dec, b_dec, prefixes, weights=None):
 
 
 def aux_loss(sae, x, residual, dead):
-    """AuxK: ``mean |residual - a @ W_dec[dead]|^2 / mean |residual - mean|^2``, of ``residual`` (B, D), a
-    constant.
+    """AuxK: ``mean |residual - a @ W_dec[dead]|^2 / mean |residual - mean|^2``, a scalar, about 1.
 
-    ``a`` keeps of ``relu(pre)`` of the latents ``dead`` the ``min(D / 2, n_dead)`` largest per row. Gao et
-    al., A.2.
+    ``residual (B, D)`` is a constant; ``a`` keeps per row the ``min(D / 2, n_dead)`` largest of ``relu(pre)``
+    among the latents ``dead`` (indices). Gao et al. 2024, section A.2.
     """
     residual = residual.detach().float()
     pre = torch.relu((x - sae.b_dec.detach()) @ sae.W_enc[:, dead] + sae.b_enc[dead])
@@ -325,8 +322,7 @@ def default_lr(n_latents):
 
 
 class Trainer:
-    """One SAE in training: ``step(x)`` is one optimizer step on raw rows (B, D); ``export()`` is the SAE to
-    keep.
+    """One SAE in training: ``step(x)`` is an optimizer step on raw rows (B, D), ``export()`` the SAE to keep.
 
     ``trainer.sae`` sees ``x / scale`` and starts with ``b_dec = mean / scale``, so a common mean, however
     large, neither silences latents nor shrinks what is to be learned. The smallest entry that a batch keeps
@@ -367,8 +363,7 @@ class Trainer:
         return loss
 
     def literal_step(self, x):
-        """Gradients of the nested loss by autograd: (entries kept (n,), their row-major positions (n,), los.
-        """
+        """Gradients of the nested loss by autograd: (entries kept (n,), their row-major positions, loss)."""
         sae, order = self.sae, self.prefix_order()
         self.optimizer.zero_grad()
         with self.autocast:
@@ -411,8 +406,7 @@ class Trainer:
 
     @torch.no_grad()
     def observe(self, values, index, loss, rows):
-        """Update cut, threshold, silent rows and energy by the entries kept in ``rows`` rows; return the
-        loss.
+        """Update cut, threshold, silent rows and energy by the entries kept of so many rows.
 
         Threshold and energy are means over about 100 and 20 steps: L0 is to be steady, the order fresh.
         Processes average all that, and the gradients, before anything changes.
@@ -455,8 +449,7 @@ class Trainer:
         """Keep the ``n`` most energetic latents, with their optimizer state.
 
         With just as many latents as features, one may settle on a job of little worth while a feature has
-        none, as in k-means. Starting with too many and dropping the least energetic leaves each feature its
-        own.
+        none, as in k-means. Starting with too many and dropping the least energetic leaves each its own.
         """
         if n == len(self.energy):
             return
@@ -553,8 +546,7 @@ def fast_step(trainer, x):
 def sparse_topk(x, W_enc, b_enc, n, floor=0.0):
     """``batch_topk`` of ``relu(x @ W_enc + b_enc)``, without entries of 0, that never holds all of it.
 
-    Exact for every ``floor``, above which it searches first: where fewer than ``n`` lie there, it starts
-    again lower.
+    Exact for every ``floor``: it searches above that first, and lower where fewer than ``n`` lie there.
     """
     if floor <= 0:
         sample_pre = torch.addmm(b_enc, x[:: max(1, len(x) // 64)], W_enc).flatten()
@@ -589,14 +581,12 @@ def entries_above(floor, x, W_enc, b_enc):
 
 
 def stable_order(keys, end):
-    """Stable argsort of numbers in [0, end): numpy sorts 61,000 of 16 bits by radix in 0.5 ms, torch in 2.5.
-    """
+    """Stable argsort of numbers in [0, end): numpy sorts 61,000 of 16 bits by radix: 0.5 ms, torch 2.5."""
     return np.argsort(keys.astype(np.uint16 if end <= 1 << 16 else np.int64), kind="stable")
 
 
 def sparse_loss(x, values, latent, starts, W_dec, weights, G):
-    """``nested_loss`` of sparse codes, its gradients in closed form: (loss, d_values (n,)), and in ``G`` (B,
-    P, D).
+    """``nested_loss`` of sparse codes, gradients in closed form: (loss, d_values (n,)), ``G`` (B, P, D).
 
     ``x`` is without ``b_dec``. In row ``b`` the block of latents that ends with prefix ``p`` has the
     ``values`` of the ``latent`` from ``starts[b P + p]`` to the next start, which decode to ``R_p``; ``R_1``
@@ -631,8 +621,7 @@ def weighted_row_sums(values, index, starts, rows):
 
 
 def write_gradients(sae, x, values, d_values, latent, starts, G):
-    """The gradients of all parameters, into their ``grad``, whose memory is kept: sums over the active
-    entries.
+    """All gradients, into the parameters' ``grad``, whose memory is kept: sums over the active entries.
 
     ``dW_dec = A_j.T @ G_j`` for the latents of block ``j``, ``dW_enc = x.T @ dA``, ``db_enc`` the column sums
     of ``dA``, ``db_dec = sum_B G_1 - W_enc @ db_enc``.
@@ -665,8 +654,7 @@ ASIDE = 16_384  # rows, at most, that give mean and scale, and others that give 
 
 def train(acts, cfg, *, device="cpu", out=None, resume=False, save_minutes=10.0, on_log=None, log_every=50,
           metadata=None):
-    """Train on ``acts``, what ``Rows`` takes or a reader like ``FeatureTree``; return the SAE for raw
-    activations.
+    """Train on ``acts``, what ``Rows`` takes or a reader like ``FeatureTree``: the SAE for raw activations.
 
     ``out``: a new or empty folder for metrics and checkpoint, written at the start, every ``save_minutes``
     and however the loop ends; ``resume`` goes on from there. SIGINT, SIGTERM and SIGHUP act after the current
@@ -699,16 +687,6 @@ def train(acts, cfg, *, device="cpu", out=None, resume=False, save_minutes=10.0,
             sae.save(folder)
         return sae
 
-    def report(x, loss):
-        rate = (trainer.steps_done - first) * cfg.batch_size / (time.monotonic() - started)
-        figures = {"step": trainer.steps_done, "loss": loss, **trainer.measure(x)}
-        figures["rows_per_second"] = round(rate)
-        if folder:
-            with open(folder / METRICS, "a") as file:
-                file.write(json.dumps(figures) + "\n")
-        if on_log:
-            on_log(figures)
-
     with deferred_signals() as received:
         if folder and not resume:
             checkpoint()
@@ -718,18 +696,30 @@ def train(acts, cfg, *, device="cpu", out=None, resume=False, save_minutes=10.0,
                 trainer.stop = bool(received)
                 loss = trainer.step(x)
                 if trainer.steps_done % log_every == 0 or trainer.steps_done == cfg.steps:
-                    report(x[:512], float(loss))
+                    rate = (trainer.steps_done - first) * cfg.batch_size / (time.monotonic() - started)
+                    figures = {"step": trainer.steps_done, "loss": float(loss), **trainer.measure(x[:512])}
+                    log_figures(folder, on_log, {**figures, "rows_per_second": round(rate)})
                 if trainer.stop:
                     break
                 if folder and time.monotonic() - saved > 60 * save_minutes:
                     checkpoint()
                     saved = time.monotonic()
+            ended = trainer.stop or trainer.steps_done == cfg.steps
+            _require(ended, f"batches must last for {cfg.steps} steps, they ended after", trainer.steps_done)
         except Exception:  # a row that cannot be used, a callback, a lost process: the steps so far stand
             checkpoint()
             raise
         if trainer.stop and not received:
             received.append(signal.SIGTERM)  # another process got it
         return checkpoint()
+
+
+def log_figures(folder, on_log, figures):
+    if folder:
+        with open(folder / METRICS, "a") as file:
+            file.write(json.dumps(figures) + "\n")
+    if on_log:
+        on_log(figures)
 
 
 def mean_and_scale(sample):
@@ -793,7 +783,10 @@ def new_folder(path):
 
 @contextlib.contextmanager
 def deferred_signals():
-    """Collect SIGINT, SIGTERM, SIGHUP in the list this yields; raise the first at the end."""
+    """Collect SIGINT, SIGTERM, SIGHUP in the list this yields; raise the first at the end.
+
+    Those that are ignored stay so; a second Ctrl-C acts at once.
+    """
     received, old = [], {}
 
     def note(number, frame):
@@ -839,12 +832,10 @@ POOL_BYTES = 2**28  # of float32 rows in memory, whose order is mixed
 
 
 class Rows:
-    """Activation rows (n, D), read as float32: of an array, a tensor, a ``.npy`` file, or a folder of them by
-    name.
+    """Activation rows (n, D), as float32: an array, a tensor, a ``.npy`` file or a folder of them by name.
 
     float16, float32 or float64, (rows, D) or (docs, positions, D). Files are read block by block, so memory
-    does not grow with them. ``ValueError`` for anything else, and for a row that is not finite when it is
-    read.
+    does not grow with them. ``ValueError`` for anything else, and for a row that is read and not finite.
     """
 
     def __init__(self, source):
@@ -906,8 +897,7 @@ class Rows:
             yield torch.from_numpy(self.keep(numbers[place:place + per_chunk]).read())
 
     def batches(self, batch_size, seed, start=0, rank=0, world=1):
-        """Endless batches (batch_size, D) from number ``start`` on; every row once an epoch, in an order of
-        ``seed``.
+        """Endless batches (batch_size, D) from number ``start`` on; each row once an epoch, in seeded order.
 
         Blocks are permuted, and the rows of a pool of blocks again: memory is bounded by the pool. Of
         ``world`` processes, ``rank`` reads every ``world``-th block.
@@ -1039,9 +1029,8 @@ def evaluate(sae, rows, batch_size=4096, on_rows=None):
     """Figures of ``sae`` over all ``rows`` (raw, anything ``Rows`` takes), in one pass.
 
     ``fvu = sum |x - recon|^2 / sum |x - mean|^2``, ``l0`` active latents per row, ``dead`` share of latents
-    that never fire here, ``max_cosine`` mean over latents of the largest with another decoder row; each by
-    prefix too; ``frequencies``: how many latents fire on a share of the rows in [edge, next). ``on_rows``
-    gets the rows done.
+    that never fire here, ``max_cosine`` mean over latents of the largest with another decoder row, all but
+    ``dead`` by prefix too; ``frequencies``: how many latents fire on a share in [edge, next).
     """
     rows = rows if isinstance(rows, Rows) else Rows(rows)
     levels, device, n, done = sae.prefixes, sae.b_dec.device, len(rows), 0
@@ -1081,8 +1070,7 @@ def max_cosine(W_dec, block=2048):
 
 @torch.no_grad()
 def loss_recovered(model, module, sae, batches, at="input", drop=()):
-    """Cross-entropy of ``model``, nats per next token, with the stream at ``module`` left, zeroed, or through
-    ``sae``.
+    """Cross-entropy, nats per token, of ``model`` with the stream at ``module`` left, zeroed, coded.
 
     ``batches`` of token ids (B, T); positions whose id is in ``drop`` keep their stream and are not
     predicted. ``recovered = (zeroed - spliced) / (zeroed - clean)``, by prefix; None where those are equal.
@@ -1111,11 +1099,10 @@ def loss_recovered(model, module, sae, batches, at="input", drop=()):
 
 @torch.no_grad()
 def probe(sae, x, y, seed=0, max_k=5, erased=(1, 2, 5)):
-    """How labels ``y`` (n, C), booleans, of rows ``x`` (n, D) are told by few latents; half is held out. On
-    the CPU.
+    """How labels ``y`` (n, C), booleans, of rows ``x`` (n, D) are told by few latents; half is held out.
 
     Accuracy and F1 of logistic regression on the raw rows, ``sparse_probing`` by prefix, ``erase`` by number
-    erased.
+    erased. On the CPU. ``ValueError`` where a label lacks rows with or without it.
     """
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
     train, test = ((x[half].float(), y[half]) for half in (order[: len(x) // 2], order[len(x) // 2:]))
@@ -1208,8 +1195,7 @@ def sparse_probing(sae, difference, train, test, seen, max_k):
 
 
 def erase(sae, n, difference, test, w, raw):
-    """Loss of balanced accuracy of the raw probes ``w`` (C, D), "own" and "others'", without a label's top
-    ``n`` latents.
+    """Balanced accuracy that raw probes ``w`` (C, D) lose without a label's top ``n`` latents: own, others'.
 
     Top by difference x (decoder row . probe), the first-order effect. After SAEBench's targeted probe
     perturbation, arXiv 2503.09532, which takes the latents out of the reconstruction, and balances classes.
@@ -1230,8 +1216,7 @@ def erase(sae, n, difference, test, w, raw):
 
 
 class FeatureTree:
-    """A tree of features, of which a child is on only where its parent is: the toy of
-    noanabeshima/matryoshka-saes.
+    """A tree of features, each on only where its parent is: the toy of noanabeshima/matryoshka-saes.
 
     ``spec``: a node {"active_prob": given that the parent is on, "is_read_out": false for a hidden node,
     "is_binary": false for a magnitude in [0.5, 1.5), "mutually_exclusive_children": true for at most one at a
@@ -1338,8 +1323,7 @@ def matched_acts(sae, tree, rows):
 def toy_figures(sae, tree, seed, n=20_000):
     """Figures on ``n`` fresh toy rows: ``evaluate``'s, and how well the true features are recovered.
 
-    ``clean`` counts best |cosine| >= 0.9; ``absorption``: share of a child's rows where its parent's latent
-    is silent.
+    ``clean`` counts best |cosine| >= 0.9; ``absorption``: a child's rows without its parent's latent.
     """
     features = tree.sample_features(n, torch.Generator().manual_seed(seed))
     rows = features @ tree.directions
@@ -1361,13 +1345,13 @@ BEGIN, PAD = 9996, 9998  # token ids: before each text, and after those that are
 
 
 class TinyModel(nn.Module):
-    """A language model of TinyStories without layer norm, noanabeshima/tiny_model: ids (B, T) -> logits (B,
-    T, V).
+    """The language model noanabeshima/tiny_model, without layer norm: ids (B, T) -> logits (B, T, V).
 
-        x = embed[ids] + pos_embed;  per block: x += O(attention(Q x, K x, V x)), x += write_out(relu(read_in(
+        x = embed[ids] + pos_embed[:T]
+        per block: x += O(attention(Q x, K x, V x));  x += write_out(relu(read_in(x)))
 
-    The stream of layer i enters ``layers[i]``, the last of which is ``lm_head``. The original gives
-    log-probabilities.
+    The stream of layer i enters ``layers[i]``, the last of which is ``lm_head``. The original's forward pass
+    returns log-probabilities.
     """
 
     def __init__(self, n_layers=4, d_model=768, n_heads=16, d_mlp=3072, n_vocab=10_000, n_positions=256):
@@ -1383,7 +1367,7 @@ class TinyModel(nn.Module):
 
     @classmethod
     def load(cls, path="tiny_model.pt"):
-        """Read a state dict: a file or, where there is none, the published one of that name."""
+        """Read a state dict, never objects, of a file or, without one, the published one of that name."""
         if not os.path.exists(path):
             path = download(TINY_MODEL[0], [str(path)], TINY_MODEL[1]) / path
         with reading(path, "a state dict of TinyModel"):
@@ -1416,8 +1400,7 @@ class _Stop(Exception):
 
 @contextlib.contextmanager
 def activation_hook(module, at="output", replace=None, stop=False):
-    """Capture the "input" (first argument) or "output" (first item) of any ``module``: a list with a tensor
-    per call.
+    """Capture the "input" (first argument) or "output" (first item) of any ``module``, a tensor per call.
 
     ``replace``: a function of that tensor whose result takes its place. ``stop`` ends the forward pass there.
     """
@@ -1457,7 +1440,6 @@ def harvest(model, module, batches, out, at="output", drop=(), dtype="float16", 
 
     ``batches``: token ids (B, T), or dicts of what ``model`` takes by name, with "input_ids". Ids in
     ``drop``, and what an "attention_mask" leaves out, give no row. ``out`` appears when it is whole.
-    ``on_rows`` gets the rows so far.
     """
     _require(not model.training, "model must be in evaluation mode, model.eval(): training", model.training)
     _require(dtype in ("float16", "float32"), "dtype must be float16 or float32", dtype)

@@ -322,6 +322,20 @@ def test_b_dec_starts_at_the_mean_and_the_encoder_as_the_decoder():
     assert torch.equal(trainer.sae.W_enc, trainer.sae.W_dec.T)
 
 
+def test_a_reader_that_ends_early_is_an_error():
+    class Short(msae.Rows):
+        def batches(self, *arguments):
+            return msae.itertools.islice(super().batches(*arguments), 7)
+
+    with pytest.raises(ValueError, match="must last for 20 steps, they ended after, got 7"):
+        msae.train(Short(rows(2000)), config())
+
+
+def test_one_dimension_has_an_encoder_and_a_decoder_of_its_own(tmp_path):
+    sae = msae.train(rows(1000, d=1), config(n_latents=4, prefixes=None, k=1.5), out=tmp_path)
+    assert sae.W_enc.data_ptr() != sae.W_dec.data_ptr() and msae.MatryoshkaSAE.load(tmp_path).W_enc.shape == (1, 4)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_autocast_trains_with_float32_weights(dtype):
     sae = msae.train(rows(40_000), config(dtype=dtype, steps=200))
