@@ -1829,7 +1829,7 @@ def test_no_drift_over_many_steps_and_both_paths_end_alike():
 
 # ---------------------------------------------------------------------------------------------------------------- enemy
 
-FUZZ = int(os.environ.get("MSAE_FUZZ", 210))  # bad inputs, over all kinds; MSAE_FUZZ=2100 takes minutes
+FUZZ = int(os.environ.get("MSAE_FUZZ", 130))  # bad inputs, over all kinds; MSAE_FUZZ=2100 takes minutes
 LIMIT, STEPS_AT_MOST = 2 << 30, 60            # bytes beyond those in use; steps before Ctrl-C
 WIDE = {"active_prob": 1, "children": [{"active_prob": 1e-3}] * 6000}
 DEEP = functools.reduce(lambda node, _: {"active_prob": 1, "children": [node]}, range(200), {"active_prob": 1})
