@@ -3,54 +3,48 @@
 import os
 import signal
 
-if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds
-    before = signal.getsignal(signal.SIGINT)
-    if before is not signal.SIG_IGN:
-        signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"interrupted\n"), os._exit(130)))
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the imports take seconds: Ctrl-C ends them without a trace
 
 import contextlib
-import dataclasses
-import datetime
-import functools
 import json
 import math
-import re
 import shlex
 import shutil
 import sys
 import time
 from pathlib import Path
-from statistics import fmean, median
 
 import click
 import numpy as np
 import torch
 from click import IntRange, option
 from rich import box
-from rich.columns import Columns
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from rich.text import Text
 
 import msae
 
-HERE = Path(__file__).parent
-EVAL, ORIGIN = "eval.json", ("model_name", "hook_name", "dataset", "base_model")
-DROPPED = (msae.BEGIN, msae.PAD)
+EVAL, DROPPED = "eval.json", (msae.BEGIN, msae.PAD)
 DATASET, PUBLISHED_TOKENS = "noanabeshima/TinyModelTokIds", ("train.jsonl", "validation.jsonl")
-OLD_FILE, NEW_FILE = click.Path(exists=True, dir_okay=False), click.Path(dir_okay=False)
-FOLDER = click.Path(file_okay=False)
+OLD_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+NEW_FILE, FOLDER = click.Path(dir_okay=False, path_type=Path), click.Path(file_okay=False, path_type=Path)
 console = Console(markup=False, emoji=False, highlight=False)
 
-dtype_option = option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]),
-                      help="Of the products alone.  [default: bfloat16 on cuda, else float32]")
-device_option = option("--device", default="cuda" if torch.cuda.is_available() else "cpu",
-                       show_default="cuda if there is one, else cpu", help="cpu, cuda, cuda:1, ...")
-model_option = option("--model", "model_path", default="tiny_model.pt", help="State dict of a TinyModel: a "
-                      "file, or a published name: tiny_model.pt, tiny_model_2L_1E.pt, tiny_model_2L_3E.pt")
-layer_option = option("--layer", type=IntRange(min=0), default=3,
-                      help="The residual stream that enters this block; 4: after the last.")
+
+
+def available(ctx, param, name):
+    """``torch.device`` of that name; ``ValueError`` if this machine or this build of torch has none."""
+    with msae.reading(f"--device {name!r:.100}", "available here"):
+        return torch.ones(1, device=name).device
+
+
+dtype_option = option("--dtype", help="Of the products: float32, bfloat16 or float16.  [default: by device]")
+device_option = option("--device", default="cuda" if torch.cuda.is_available() else "cpu", callback=available,
+                       help="Or cuda:1.")
+model_option = option("--model", "model_path", default="tiny_model.pt", help="A file, or a published name.")
+layer_option = option("--layer", type=IntRange(min=0), default=3, help="Stream into this block; 4: the end.")
 
 
 class Commands(click.Group):
@@ -59,40 +53,27 @@ class Commands(click.Group):
     def invoke(self, ctx):
         try:
             return super().invoke(ctx)
-        except (OSError, ValueError) as error:
-            text = f"{error.filename}: {error.strerror}" if getattr(error, "filename", None) else str(error)
-        except (MemoryError, RuntimeError) as error:
-            if not out_of_memory(error):
-                raise
-            text = f"not enough memory, try fewer latents or a smaller batch: {msae.one_line(error)}"
         except KeyboardInterrupt:
-            click.echo("interrupted", err=True)
-            raise SystemExit(130) from None
-        raise click.ClickException(" ".join(text.split()))
-
-
-def out_of_memory(error):
-    signs = ("allocate", "out of memory", "size calculation overflowed")  # in torch's messages
-    return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)
+            sys.exit(130)
+        except click.exceptions.Exit:
+            raise
+        except (OSError, ValueError, MemoryError, RuntimeError) as error:
+            raise click.ClickException(" ".join(str(error).split()) or "not enough memory") from None
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 def main():
-    """Matryoshka sparse autoencoders: train them, look at them, share them.
-
-    \b
-    Examples:
-      python cli.py toy
-      python cli.py train --help
-    """
+    """Matryoshka sparse autoencoders: train them, look at them, share them."""
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # not a line for each try of a connection
+    for name in {"SIGINT", "SIGTERM", "SIGHUP"} & {*dir(signal)}:  # Windows has no SIGHUP
+        number = getattr(signal, name)
+        if signal.getsignal(number) is signal.SIG_DFL:  # one that is ignored stays so
+            signal.signal(number, lambda number, frame: sys.exit(128 + number))
 
 
 def read_json(path):
-    """The object in a JSON file; ``ValueError`` names the file and the fault."""
     with msae.reading(path, "a JSON object"):
-        text = Path(path).read_text(encoding="utf-8-sig")  # Windows editors put a byte order mark
-        return dict(**json.loads(text))
+        return dict(**json.loads(path.read_text(encoding="utf-8-sig")))  # Windows puts a byte order mark
 
 
 def new_config(settings, kind=msae.TrainConfig):
@@ -100,215 +81,153 @@ def new_config(settings, kind=msae.TrainConfig):
     try:
         return kind(**settings)
     except TypeError as error:
-        raise ValueError(f"settings: {error}") from None
+        raise ValueError(f"settings: {str(error).split('() ')[-1]}") from None
 
 
-def writable(folder):
-    """Make ``folder`` if there is none; ``PermissionError`` before any work that could not be saved."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if not os.access(folder, os.W_OK):
-        raise PermissionError(f"{folder} is not writable: choose another output folder")
-    return folder
+def cell(text, figures):
+    """``text`` with figures filled in; nothing where one is missing or None."""
+    try:
+        return text.format(**figures)
+    except (LookupError, TypeError):
+        return ""
 
 
-def show_table(title, columns, rows, **options):
-    """Print rows of strings; None ends a section."""
-    table = Table(*columns, title=title, title_justify="left", box=box.SIMPLE_HEAD,
-                  padding=(0, int(console.width >= 70), 0, 0), **options)
-    for row in rows:
-        table.add_section() if row is None else table.add_row(*row)
-    console.print(table)
+def show_table(title, columns, results, rows_of=list):
+    """A section for each of ``results``, a row for each of its ``rows_of``; columns: texts for ``cell``."""
+    table = Table("", *columns, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name, found in results.items():
+        for figures in rows_of(found):
+            table.add_row(name, *(cell(text, figures) for text in columns.values()))
+            name = ""
+        table.add_section()
+    console.print(title, table, sep="\n")
 
 
-class Lines(Progress):
-    """A live line per run in a terminal, a plain line every ten seconds elsewhere."""
+@contextlib.contextmanager
+def progress(label, total, text="{per_second:,.0f}/s"):
+    """A live line in a terminal, else one every ten seconds; yields its callback, for a number or figures."""
+    started, printed = time.monotonic(), -math.inf
+    bar = [BarColumn(bar_width=None)] if console.is_terminal and console.width > 90 else []
+    done = TextColumn("{task.description} {task.completed:,}/{task.total:,}", markup=False)
+    columns = (done, *bar, TextColumn("{task.fields[figures]}"), TimeRemainingColumn())
 
-    def __init__(self):
-        left, right = TextColumn("{task.description}"), TextColumn("{task.fields[figures]}")
-        bar = [BarColumn(bar_width=10)] if console.width >= 95 else []
-        super().__init__(left, *bar, MofNCompleteColumn(), right, TimeRemainingColumn(), console=console,
-                         disable=not console.is_terminal, speed_estimate_period=3600)  # reports may be rare
+    def show(found):
+        nonlocal printed
+        now = time.monotonic()
+        if not isinstance(found, dict):
+            found = {"step": found, "per_second": found / max(now - started, 1e-9)}
+        lines.update(task, completed=found["step"], figures=text.format(**found))
+        if not console.is_terminal and (found["step"] == total or now - printed > 10):
+            printed = now
+            console.print(*(column(lines.tasks[task]) for column in columns), soft_wrap=True)
 
-    def counter(self, label, total, unit="rows", per_step=1):
-        """A callback: how many of ``total`` are done and, if known, units per second and figures."""
-        task, started, printed = self.add_task(label, total=total, figures=""), time.monotonic(), -math.inf
-
-        def show(done, rate=None, figures=""):
-            nonlocal printed
-            now = time.monotonic()
-            rate = max(done, 1) / max(now - started, 1e-9) if rate is None else max(rate, 1)
-            speed = f"{rate:,.0f} {unit}/s"
-            beside = f"{speed}  {figures}" if console.width >= 95 else figures or speed
-            self.update(task, completed=done, figures=beside)
-            if not console.is_terminal and (done == total or now - printed > 10):
-                printed = now
-                left = datetime.timedelta(seconds=min(10**12, round((total - done) * per_step / rate)))
-                place = f"step {done}/{total}" if figures else f"{done:,}/{total:,} {unit}"
-                print(f"{label}  {place}  {speed}  {left} left  {figures}".rstrip(), flush=True)
-        return show
-
-    def reporter(self, label, cfg):
-        """A callback for ``msae.train``."""
-        text = "FVU {fvu:.3f}  L0 {l0:.1f}  dead {dead:.1%}"
-        show = self.counter(label, cfg.steps, per_step=cfg.batch_size)
-        return lambda found: show(found["step"], found["rows_per_second"], text.format(**found))
+    with Progress(*columns, console=console, disable=not console.is_terminal,
+                  speed_estimate_period=3600) as lines:  # reports may be rare
+        task = lines.add_task(label, total=total, figures="")
+        yield show
 
 
 # -------------------------------------------------------------------------------------------------------- toy
-
 # Replications of the ReLU + L1 original (noanabeshima/matryoshka-saes): a post of 2026, one seed.
-PUBLISHED = {"matryoshka": {"fvu": 0.021, "l0": 1.13, "clean": 20, "features": 20},
-             "vanilla": {"fvu": 0.000, "l0": 0.86, "clean": 11, "features": 20}}
+PUBLISHED = {"matryoshka": {"seed": "published", "fvu": 0.021, "l0": 1.13, "clean": 20, "features": 20},
+             "vanilla": {"seed": "published", "fvu": 0.000, "l0": 0.86, "clean": 11, "features": 20}}
+RECOVERED = {"seed": "{seed}", "FVU": "{fvu:.3f}", "L0": "{l0:.2f}", "clean": "{clean:g}/{features:g}",
+             "cos": "{mean_cosine:.3f}", "min": "{min_cosine:.3f}", "absorbed": "{absorbed:.2f}"}
+TRAINING = "FVU {fvu:.3f} L0 {l0:.1f} dead {dead:.1%} {rows_per_second:,}/s"
 COLOURS = ((13, 8, 42), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164))  # dark 0 to bright 1
 
 
-@main.command()
-@option("--config", type=OLD_FILE, default=HERE / "toy_config.json", show_default="toy_config.json",
-        help="The feature tree and the training settings.")
+@main.command(epilog="Example: python cli.py toy --seeds 10 --out runs/ten-seeds")
+@option("--config", type=OLD_FILE, default=Path(__file__).with_name("toy_config.json"), help="Settings.")
 @option("--seed", type=IntRange(0, 2**62), default=0, help="First seed: of directions, rows and weights.")
 @option("--seeds", type=IntRange(min=1), default=1, help="Number of seeds, one after the other.")
 @option("--out", type=FOLDER, default="runs/toy", help="Folder for toy.json and toy.svg.")
 def toy(config, seed, seeds, out):
-    """The absorption experiment: a Matryoshka and a vanilla SAE on a tree of features.
-
-    \b
-    Examples:
-      python cli.py toy
-      python cli.py toy --seeds 10 --out runs/ten-seeds
-    """
+    """The absorption experiment: a Matryoshka and a vanilla SAE on a tree of features."""
     settings, results = read_json(config), []
-    toy_setup(settings, seed)
-    folder = writable(Path(out))
     torch.set_num_threads(1)  # 20 x 20 matrices: threads would only wait for each other
     for number in range(seed, seed + seeds):
-        started, (tree, configs) = time.perf_counter(), toy_setup(settings, number)
-        with Lines() as lines:
-            saes = {name: msae.train(tree, cfg, on_log=lines.reporter(f"seed {number} {name}", cfg))
-                    for name, cfg in configs.items()}
+        started, saes = time.perf_counter(), {}
+        tree, configs = toy_setup(settings, number)
+        n = configs["vanilla"].steps * configs["vanilla"].batch_size
+        rows = tree.sample(min(n, 2**25 // tree.d_model), number)  # at most 128 MiB
+        out.mkdir(parents=True, exist_ok=True)
+        for name, cfg in configs.items():
+            with progress(f"{name} {number}  step", cfg.steps, TRAINING) as show:
+                saes[name] = msae.train(rows, cfg, on_log=show)
         figures = {name: msae.toy_figures(sae, tree, seed=number + 1_000_003) for name, sae in saes.items()}
         results.append({"seed": number, "seconds": round(time.perf_counter() - started, 1), **figures})
-        if number == seed:
-            maps = heat_maps(tree, saes)
-    columns = ("", "seed", "FVU", "L0", "clean", "cos", "min", "absorbed")
-    show_table("True features recovered", columns, toy_rows(results))
-    columns = ("parent", "children", *PUBLISHED)
-    show_table(f"Absorption by child, seed {seed}", columns, absorption_rows(results[0]))
-    console.print(terminal_maps(maps))
-    msae.write(folder / "toy.json", results[0] if seeds == 1 else {"seeds": results})
-    msae.write(folder / "toy.svg", svg(maps))
-    taken = sum(result["seconds"] for result in results)
-    click.echo(f"{taken:.0f} s; wrote {folder / 'toy.json'} and {folder / 'toy.svg'}")
+    pure, norms = torch.eye(len(tree.parent_of)), tree.directions.norm(dim=1)  # one feature, with its parents
+    for parent, child in tree.pairs:
+        pure[child] += pure[parent]
+    acts = {name: msae.matched_acts(sae, tree, pure @ tree.directions)[0] for name, sae in saes.items()}
+    maps = {"true features": pure, **{name: values / norms for name, values in acts.items()}}
+    msae.write(out / "toy.json", results[0] if seeds == 1 else {"seeds": results})
+    msae.write(out / "toy.svg", svg(maps).encode())
+    show_table("True features recovered", RECOVERED, {name: toy_rows(name, results) for name in PUBLISHED})
+    for rows in zip(*maps.values()) if console.color_system and not console.no_color else ():
+        console.print(*("".join(f"[on {colour(a)}] [/]" for a in row) for row in rows), sep="  ", markup=True)
+    click.echo(f"wrote {out / 'toy.json'} and {out / 'toy.svg'}")
 
 
 def toy_setup(settings, seed=0):
     """The tree and the configs {"matryoshka", "vanilla"} of settings: tree, train, d_model, norm_std."""
-    for name in {"tree", "train", *settings}:
-        if name not in ("tree", "train", "d_model", "norm_std"):
-            raise ValueError(f"the toy's settings are tree, train, d_model, norm_std, got {name!r}")
-        if name in ("tree", "train") and not isinstance(settings.get(name), dict):
-            raise ValueError(f"{name} must be an object, got {settings.get(name)!r:.100}")
-    size = {name: settings[name] for name in ("d_model", "norm_std") if name in settings}
-    tree = new_config({"spec": settings["tree"], "seed": seed, **size}, kind=msae.FeatureTree)
-    cfg = new_config({"n_latents": len(tree.parent_of), **settings["train"], "seed": seed})
-    return tree, {"matryoshka": cfg, "vanilla": cfg.vanilla()}
+    def setup(tree, train, **size):
+        tree = msae.FeatureTree(tree, seed=seed, **size)
+        cfg = msae.TrainConfig(**{"n_latents": len(tree.parent_of), **train, "seed": seed})
+        return tree, {"matryoshka": cfg, "vanilla": cfg.vanilla()}
+    return new_config(settings, kind=setup)
 
 
-def toy_rows(results):
-    """A row per SAE and seed, the means over several seeds, and the published figures."""
-    def row(name, seed, figures):
-        rates = [pair["rate"] for pair in figures.get("absorption", ()) if pair["rate"] is not None]
-        cosines = (f"{figures[key]:.3f}" if key in figures else "" for key in ("mean_cosine", "min_cosine"))
-        clean = f"{round(figures['clean'], 2):g}/{figures['features']:g}"
-        absorbed = f"{fmean(rates):.2f}" if rates else ""
-        return name, str(seed), f"{figures['fvu']:.3f}", f"{figures['l0']:.2f}", clean, *cosines, absorbed
-
-    for name, published in PUBLISHED.items():
-        own = [result[name] for result in results]
-        yield from (row(name, result["seed"], result[name]) for result in results)
-        if len(own) > 1:
-            mean = {key: fmean(figures[key] for figures in own) for key in own[0] if key != "absorption"}
-            mean["absorption"] = [pair for figures in own for pair in figures["absorption"]]
-            yield row(name, "mean", mean)
-        yield row("  published", "", published)
-        yield None
-
-
-def absorption_rows(result):
-    """The rate of every parent-child pair, a parent per row."""
-    for parent in dict.fromkeys(pair["parent"] for pair in result["matryoshka"]["absorption"]):
-        own = [[pair for pair in result[sae]["absorption"] if pair["parent"] == parent] for sae in PUBLISHED]
-        rates = [["  - " if p["rate"] is None else f"{p['rate']:.2f}" for p in pairs] for pairs in own]
-        yield str(parent), " ".join(str(pair["child"]) for pair in own[0]), *map("  ".join, rates)
-
-
-def heat_maps(tree, saes):
-    """Three (feature, latent) maps: what each latent does when one feature, with its parents, is on."""
-    pure, norms = tree.pure_features(), tree.directions.norm(dim=1)
-    acts = {name: msae.matched_acts(sae, tree, pure @ tree.directions) / norms for name, sae in saes.items()}
-    return {name: values.tolist() for name, values in {"true features": pure, **acts}.items()}
+def toy_rows(name, results):
+    """The figures of an SAE for each seed, their mean if there are several, and those published."""
+    rows = [{"seed": result["seed"], **result[name]} for result in results]
+    for row in rows:
+        rates = [pair["rate"] for pair in row.pop("absorption") if pair["rate"] is not None]
+        row["absorbed"] = np.mean(rates) if rates else math.nan
+    if len(rows) > 1:
+        rows.append({key: np.mean([row[key] for row in rows]) for key in rows[0]} | {"seed": "mean"})
+    return [*rows, PUBLISHED[name]]
 
 
 def colour(value):
-    """Hex colour of a value, which is clipped to [0, 1]."""
     stops = np.linspace(0, 1, len(COLOURS))
     return "#" + "".join(f"{round(np.interp(value, stops, channel)):02x}" for channel in zip(*COLOURS))
-
-
-def terminal_maps(maps):
-    """The maps, two cells to a character; shades of grey characters where there is no colour."""
-    panels = []
-    for title, values in maps.items():
-        text = Text(f"{title}\n", no_wrap=True)
-        for upper, lower in zip(values[::2], [*values[1::2], [0.0] * len(values)]):
-            for a, b in zip(upper, lower):
-                if console.color_system and not console.no_color:
-                    text.append("▀", f"{colour(a)} on {colour(b)}")
-                else:
-                    text.append(" .:*#"[round(4 * min(max((a + b) / 2, 0), 1))])
-            text.append("\n")
-        panels.append(text)
-    return Columns(panels, padding=(0, 3))
 
 
 def svg(maps, cell=11):
     """The maps as a picture: a row per input, one feature and its parents; a column per matched latent."""
     side, parts = cell * len(maps["true features"]), []
-
-    def label(text, place, style='font-size="11" fill="#667"'):
-        parts.append(f'<text transform="translate({place}" text-anchor="middle" {style}>{text}</text>')
-
-    label("input: one feature and its parents", f"22 {34 + side / 2}) rotate(-90)")
-    for panel, (title, values) in enumerate(maps.items()):
-        left = 32 + panel * (side + 26)
-        label(title.capitalize(), f"{left + side / 2} 22)", 'font-size="14" font-weight="600"')
-        label("latent matched to feature" if panel else "feature", f"{left + side / 2} {side + 52})")
+    for number, (title, rows) in enumerate(maps.items()):
+        left, bold = 32 + number * (side + 26), 'font-size="14" font-weight="600"'
+        parts.append(f'<text x="{left + side / 2}" y="22" {bold}>{title.capitalize()}</text>')
         parts += [f'<rect x="{left + j * cell}" y="{34 + i * cell}" width="{cell - 1}" height="{cell - 1}" '
-                  f'fill="{colour(value)}"/>' for i, row in enumerate(values) for j, value in enumerate(row)]
-    size = f"{20 + len(maps) * (side + 26)} {side + 62}"
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size}" '
-            'font-family="system-ui, sans-serif">\n<rect width="100%" height="100%" rx="8" fill="#fff"/>\n'
-            + "\n".join(parts) + "\n</svg>\n")
+                  f'fill="{colour(a)}"/>' for i, row in enumerate(rows) for j, a in enumerate(row)]
+    width, height, turned = 98 + 3 * side, side + 62, f'transform="translate(22 {34 + side / 2}) rotate(-90)"'
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" text-anchor="middle" '
+            'font-family="system-ui, sans-serif" font-size="11" fill="#667">\n'
+            '<rect width="100%" height="100%" rx="8" fill="#fff"/>\n' + "\n".join(parts) +
+            f'\n<text {turned}>input: one feature and its parents</text>\n'
+            f'<text x="{width / 2}" y="{side + 52}">feature, or latent matched to it</text>\n</svg>\n')
 
 
 # ------------------------------------------------------------------------------------------------------ train
+FIGURES = {"latents": "{latents:,}", "FVU": "{fvu:.4f}", "L0": "{l0:.2f}", "cosine": "{max_cosine:.3f}",
+           "dead": "{dead:.2%}"}
+LEGEND = "dead: never fire on these rows; cosine: mean over latents of the largest with another decoder row"
 
 
-def numbers(ctx, param, value):
-    """``--prefixes`` as a tuple of lengths or fractions."""
-    try:
-        return value and tuple(float(n) if "." in n else int(n) for n in value.split(","))
-    except ValueError:
-        raise click.BadParameter(f"{value!r} is not a list of numbers with commas between") from None
+def numbers(text):
+    return tuple(float(n) if "." in n else int(n) for n in text.split(","))
 
 
-@main.command()
+@main.command(epilog="Example: python cli.py train --acts shards/ --latents 3072 --pareto 10 --k 40")
 @option("--acts", required=True, help="A .npy of floats, (rows, D) or (docs, positions, D), or a folder.")
 @option("--latents", "n_latents", type=int, help="Number of latents F.  [required, here or in --config]")
 @option("--k", type=float, help="Active latents per row, on average.  [default: 30]")
-@option("--prefixes", callback=numbers, help="Lengths or fractions.  [default: F/16, F/8, F/4, F/2, F]")
+@option("--prefixes", type=numbers, help="Lengths or fractions.  [default: F/16, F/8, F/4, F/2, F]")
 @option("--pareto", "n_prefixes", type=int, help="Instead, sample this many prefixes at every step.")
-@option("--spare", type=click.FloatRange(0, 1000), help="Start with this share of F more latents and prune "
-        "the least energetic: lowers FVU by about 1 %.  [default: 0.25]")
+@option("--spare", type=click.FloatRange(0, 1000), help="Spare latents at first, part of F.  [default: 0.25]")
 @option("--baseline", is_flag=True, help="Then train the vanilla twin on the same batches and show both.")
 @option("--steps", type=int, help="Optimizer steps.  [default: 10000]")
 @option("--batch-size", type=int, help="Rows per step, of all processes together.  [default: 2048]")
@@ -326,248 +245,166 @@ def train(acts, device, out, config, spare, baseline, resume, save_minutes, **op
     A tenth of the rows (at most 16,384) is set aside in random blocks for the figures at the end (eval.json).
     Ctrl-C saves first; the same command with --resume goes on. With several processes, torchrun takes the
     place of python. The checkpoint keeps model_name, hook_name, dataset, base_model of acts.npy.json, if any.
-
-    \b
-    Examples:
-      python cli.py train --acts acts.npy --latents 3072
-      python cli.py train --acts acts.npy --latents 3072 --pareto 10 --k 40 --out runs/pareto
-      python cli.py train --acts shards/ --latents 3072 --baseline
-      torchrun --nproc-per-node 2 cli.py train --acts acts.npy --latents 3072
     """
     cfg, beside, figures = run_config(config, spare, options), Path(f"{Path(acts)}.json"), {}
     about = read_json(beside) if beside.is_file() else {}
-    about = {name: about[name] for name in ORIGIN if name in about}
-    with processes(device) as (device, first):
-        rows, held_out = msae.Rows(acts).split_off(0.1, cfg.seed)
-        default = Path("runs", f"{Path(acts).stem}-{cfg.n_latents}")
-        with contextlib.nullcontext(Path(out)) if out else default_folder(default, resume, first) as folder:
-            runs = [("matryoshka", cfg, folder), ("vanilla", cfg.vanilla(), folder / "vanilla")]
-            runs = runs[: 1 + baseline]
-            goes_on = [resume and (where == folder or (where / msae.STATE).exists()) for *_, where in runs]
-            for (name, own, where), again in zip(runs, goes_on):
-                with resume_hint(where, folder, out), Lines() as lines:
-                    show = lines.reporter(name if baseline else "train", own) if first else None
-                    sae = msae.train(rows, own, device=device, out=where, resume=again, metadata=about,
-                                     on_log=show, save_minutes=save_minutes)
-                if first:
-                    figures[name] = msae.evaluate(sae, held_out)
-                    msae.write(where / EVAL, figures[name])
-    if first:
-        show_figures(figures, "held-out rows")
-        click.echo("dead: latents that never fire on these rows; cosine: mean over latents of the largest "
-                   f"with another decoder row\n\nsaved {folder}\n"
-                   f"load it with  sae = msae.MatryoshkaSAE.load({str(folder)!r})")
+    about = {key: about[key] for key in ("model_name", "hook_name", "dataset", "base_model") if key in about}
+    rows, held_out = msae.Rows(acts).split_off(0.1, cfg.seed)
+    several, on_cuda = "LOCAL_RANK" in os.environ, device.type == "cuda"
+    is_first = os.environ.get("RANK", "0") == "0"
+    console.quiet = not is_first
+    folder = out or default_folder(Path("runs", f"{Path(acts).stem}-{cfg.n_latents}"), resume, is_first)
+    runs = [("matryoshka", cfg, folder, resume), ("vanilla", cfg.vanilla(), folder / "vanilla",
+                                                  resume and (folder / "vanilla" / msae.STATE).exists())]
+    try:
+        if several and on_cuda:
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        if several:
+            torch.distributed.init_process_group("nccl" if on_cuda else "gloo")
+        for name, own, where, again in runs[: 1 + baseline]:
+            with progress(f"{name if baseline else 'train'}  step", own.steps, TRAINING) as show:
+                sae = msae.train(rows, own, device=device, out=where, resume=again, metadata=about,
+                                 on_log=show, save_minutes=save_minutes)
+            if is_first:
+                figures[name] = msae.evaluate(sae, held_out)
+                msae.write(where / EVAL, figures[name])
+    except (KeyboardInterrupt, SystemExit, RuntimeError) as error:
+        if is_first:
+            show_how_to_resume(folder, out)
+        if several and isinstance(error, RuntimeError):
+            raise ConnectionError("another process of this run is lost") from None
+        raise
+    finally:
+        if several and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        if is_first and not out:
+            with contextlib.suppress(OSError):  # it holds something
+                folder.rmdir()
+                folder.parent.rmdir()
+    show_table(f"{len(held_out):,} held-out rows", FIGURES, figures, levels)
+    console.print(f"{LEGEND}\n\nsaved {folder}\nload it with  sae = msae.MatryoshkaSAE.load({str(folder)!r})",
+                  soft_wrap=True)
 
 
 def run_config(path, spare, options):
     """The ``TrainConfig`` of a JSON file and the options given, which win; ``spare``: share of latents."""
-    given = {name: value for name, value in options.items() if value is not None}
-    settings = {**(read_json(path) if path else {}), **given}
-    if ("prefixes" in given) != ("n_prefixes" in given):
-        settings.pop("n_prefixes" if "prefixes" in given else "prefixes", None)
-    if spare is None and "n_latents_start" in settings:
-        return new_config(settings)
-    cfg = new_config({**settings, "n_latents_start": None})
-    more = round((0.25 if spare is None else spare) * cfg.n_latents)
-    return dataclasses.replace(cfg, n_latents_start=cfg.n_latents + more)
+    settings = read_json(path) if path else {}
+    if options["prefixes"] or options["n_prefixes"]:  # either replaces both
+        settings |= {"prefixes": None, "n_prefixes": None}
+    settings |= {name: value for name, value in options.items() if value is not None}
+    if spare is not None or "n_latents_start" not in settings:
+        n_latents = new_config(settings | {"n_latents_start": None}).n_latents
+        settings["n_latents_start"] = n_latents + round((0.25 if spare is None else spare) * n_latents)
+    return new_config(settings)
 
 
-@contextlib.contextmanager
-def processes(device):
-    """(this process's device, whether it is the first); joins the processes that torchrun started, if any."""
-    several, on_cuda, old = "LOCAL_RANK" in os.environ, device.startswith("cuda"), {}
-    for name in {"SIGTERM", "SIGHUP"} & set(dir(signal)):  # Windows has no SIGHUP
-        number = getattr(signal, name)
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            old[number] = signal.signal(number, lambda number, _: sys.exit(128 + number)) or signal.SIG_DFL
-    try:
-        if several and on_cuda:
-            if device != "cuda":
-                raise click.BadParameter(f"{device!r} must have no number under torchrun, which gives each "
-                                         "process its own", param_hint="--device")
-            device = f"cuda:{os.environ['LOCAL_RANK']}"
-            torch.cuda.set_device(msae.check_device(device))
-        if several:
-            own = torch.device(device) if on_cuda else None
-            torch.distributed.init_process_group("nccl" if on_cuda else "gloo", device_id=own)
-        yield device, msae.rank_and_world()[0] == 0
-    except RuntimeError as error:
-        if not several or out_of_memory(error):
-            raise
-        raise ConnectionError(f"another process of this run is lost: {msae.one_line(error)}") from None
-    finally:
-        if several and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-        for number, handler in old.items():
-            signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def default_folder(path, resume, first):
-    """The newest of ``path``, ``path-2``, ... to ``resume``; else the next, made by the ``first`` process.
-
-    A run that starts at the same time finds it taken. It is removed again if nothing was written.
-    """
-    names = [path, *(path.with_name(f"{path.name}-{i}") for i in range(2, 10_000))]
-    there = [(name / msae.STATE if resume else name).exists() for name in names]
-    newest = max((i for i, found in enumerate(there) if found), default=-1)
-    folder = names[max(newest, 0)]
-    for name in names[newest + 1:] if first and not resume else ():
+def default_folder(path, resume, is_first):
+    """Of ``path``, ``path-2``, ... the newest to resume, or the next, which mkdir grants to one run alone."""
+    names = [path, *(path.with_name(f"{path.name}-{i}") for i in range(2, 1000))]
+    if resume:
+        states = (name / msae.STATE for name in names if (name / msae.STATE).exists())
+        return max(states, key=os.path.getmtime, default=path / msae.STATE).parent
+    for name in names if is_first else ():
         with contextlib.suppress(FileExistsError):
             name.mkdir(parents=True)
-            folder = name
-            break
-    try:
-        yield folder
-    finally:
-        with contextlib.suppress(OSError):  # it holds something
-            folder.rmdir()
-            folder.parent.rmdir()
+            return name
+    return path
 
 
-@contextlib.contextmanager
-def resume_hint(where, folder, out):
-    """Say how to go on when a signal or a lost process ends the training in the folder ``where``."""
-    try:
-        yield
-    except (KeyboardInterrupt, SystemExit, RuntimeError):
-        if (where / msae.STATE).exists() and os.environ.get("RANK", "0") == "0":
-            state = torch.load(where / msae.STATE, map_location="cpu", weights_only=True, mmap=True)
-            several = ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", "1")]
-            place = [] if out else ["--out", str(folder)]
-            command = [*(several if "LOCAL_RANK" in os.environ else ["python"]), *sys.argv, *place]
-            command += [] if "--resume" in sys.argv else ["--resume"]
-            click.echo(f"step {state['trainer']['steps_done']} is saved in {where}; go on with\n"
-                       f"  {shlex.join(command)}", err=True)
-        raise
+def show_how_to_resume(folder, out):
+    """The last step saved in ``folder``, if any, and the command that goes on from there."""
+    if state := max(folder.rglob(msae.STATE), key=os.path.getmtime, default=None):
+        steps = torch.load(state, map_location="cpu", weights_only=True, mmap=True)["trainer"]["steps_done"]
+        n = os.environ.get("LOCAL_WORLD_SIZE")
+        words = [*(["torchrun", "--nproc-per-node", n] if n else ["python"]), *sys.argv]
+        words += ([] if out else ["--out", str(folder)]) + ([] if "--resume" in sys.argv else ["--resume"])
+        click.echo(f"step {steps} is saved in {state.parent}; go on with\n  {shlex.join(words)}", err=True)
 
 
-def show_figures(figures, kind):
-    """A table of figures on rows: for each SAE a row per prefix, the whole SAE last."""
-    rows = []
-    for name, found in figures.items():
-        for level in found["prefixes"]:
-            rows.append([name, f"{level['latents']:,}", f"{level['fvu']:.4f}", f"{level['l0']:.2f}",
-                         f"{level['max_cosine']:.3f}"])
-            name = ""
-        rows[-1].append(f"{found['dead']:.2%}")
-        rows.append(None)
-    columns = ("", "latents", "FVU", "L0", "cosine", "dead")
-    show_table(f"{next(iter(figures.values()))['rows']:,} {kind}", columns, rows)
+def levels(found):
+    """The figures of each prefix; of the whole SAE, the last, also how many latents fire on which share."""
+    counts = found["frequencies"]["counts"]
+    bars = "".join(" ▁▂▃▄▅▆▇█"[math.ceil(8 * n / max(1, *counts))] for n in counts)
+    return [*found["prefixes"][:-1], found | {"bars": bars}]
 
 
 # --------------------------------------------------------------------------------------- harvest and evaluate
+SPLICED = {"latents": "{latents:,}", "loss": "{spliced:.4f}", "recovered": "{recovered:.1%}"}
+PROBED = {"latents": "{latents:,}", "k=1": "{probes[0][f1]:.3f}", "2": "{probes[1][f1]:.3f}",
+          "5": "{probes[4][f1]:.3f}", "absorbed": "{absorption:.1%}", "split": "{splitting:.1f}"}
+ERASED = {"latents": "{latents}", "own label": "{own:.3f}", "others": "{others:.3f}"}  # balanced accuracy
 
 
-def tiny_model(path, layer, device):
-    """(model, names of the places where its residual stream can be read), on the device."""
-    device, model = msae.check_device(device), msae.TinyModel.load(path)
+def tiny_model(path, layer, device, tokens, n_most):
+    """(model, names of the streams that enter its layers, ``read_tokens`` of a file or a published one)."""
+    model = msae.TinyModel.load(path)
     if layer >= len(model.layers):
-        text = f"{layer} must be at most {len(model.layers) - 1}, after the last block of {path}"
-        raise click.BadParameter(text, param_hint="--layer")
-    return model.to(device), [*(f"torso.{i}.input" for i in range(len(model.torso))), "lm_head.input"]
+        raise click.UsageError(f"--layer {layer} must be at most {len(model.layers) - 1}, the end of {path}")
+    if tokens in PUBLISHED_TOKENS and not Path(tokens).exists():
+        tokens = msae.download(DATASET, [tokens], repo_type="dataset") / tokens
+    hooks = [*(f"torso.{i}.input" for i in range(len(model.torso))), "lm_head.input"]
+    ids = read_tokens(tokens, len(model.embed.weight), model.pos_embed.shape[1], n_most)
+    return model.to(device), hooks, ids
 
 
-def token_reader(path, model, batch_size):
-    """A function that starts reading the token file, or the published one of that name, anew."""
-    if path in PUBLISHED_TOKENS and not Path(path).exists():
-        path = msae.download(DATASET, [path], repo_type="dataset") / path
-    n_vocab, n_positions = len(model.embed.weight), model.pos_embed.shape[1]
-    return functools.partial(read_tokens, path, n_vocab, n_positions, batch_size)
+def read_tokens(path, n_vocab=10_000, n_positions=256, n_most=math.inf):
+    """Ids (docs, T) of a ``.jsonl`` with {"tok_ids": [...]} a line or a ``.npy``, ``n_most`` beside DROPPED.
 
-
-def read_tokens(path, n_vocab=10_000, n_positions=256, batch_size=64):
-    """Token ids in batches (B, T), of a ``.jsonl`` with {"tok_ids": [...]} a line or a ``.npy`` (docs, T).
-
-    ``ValueError`` names the line or row with an id outside [0, n_vocab), more than ``n_positions`` ids, or
-    another length than the first.
+    ``ValueError`` names a line or row without 1 to ``n_positions`` ids in [0, n_vocab), as many as others.
     """
-    docs, length = [], None
-    for where, ids in npy_docs(path) if str(path).endswith(".npy") else jsonl_docs(path):
-        length = length or len(ids)
-        if not 0 < len(ids) <= n_positions:
+    docs, n, is_npy = [], 0, str(path).endswith(".npy")
+    for number, line in enumerate(np.atleast_1d(msae.read_npy(path)) if is_npy else open(path, "rb"), 1):
+        where = f"{path}, line {number}"
+        with msae.reading(where, '{"tok_ids": [whole numbers]}'):
+            ids = np.array(line if is_npy else json.loads(line)["tok_ids"])
+            ids = ids.astype(np.int64, casting="same_kind")
+            (n_ids,) = ids.shape
+        if not 0 < n_ids <= n_positions:
             rule = f"tok_ids must be 1 to {n_positions} ids, the positions of the model"
-            raise ValueError(f"{where}: {rule}, got {len(ids)}")
-        if len(ids) != length:
-            raise ValueError(f"{where}: tok_ids must be {length} ids as in the first, got {len(ids)}")
-        low, high = ids.min(), ids.max()
-        if low < 0 or high >= n_vocab:
-            raise ValueError(f"{where}: ids must lie in [0, {n_vocab}), got {low if low < 0 else high}")
-        docs.append(ids.astype(np.int64))
-        if len(docs) == batch_size:
-            yield torch.from_numpy(np.stack(docs))
-            docs = []
-    if docs:
-        yield torch.from_numpy(np.stack(docs))
+            raise ValueError(f"{where}: {rule}, got {n_ids}")
+        if docs and n_ids != len(docs[0]):
+            raise ValueError(f"{where}: tok_ids must be {len(docs[0])} ids as in the first, got {n_ids}")
+        if len(wrong := ids[(ids < 0) | (ids >= n_vocab)]):
+            raise ValueError(f"{where}: ids must lie in [0, {n_vocab}), got {wrong[0]}")
+        docs.append(ids)
+        n += np.isin(ids, DROPPED, invert=True).sum()
+        if n >= n_most:
+            break
+    with msae.reading(path, "a file of token ids"):  # an empty one
+        return torch.from_numpy(np.stack(docs))
 
 
-def npy_docs(path):
-    array = msae.read_npy(path)
-    if array.dtype.kind not in "iu" or array.ndim != 2:
-        raise ValueError(f"{path} must hold whole numbers (docs, positions), got {array.dtype} {array.shape}")
-    return ((f"{path}, row {i}", row) for i, row in enumerate(array))
-
-
-def jsonl_docs(path):
-    with open(path, "rb") as file:
-        for number, line in enumerate(iter(lambda: file.readline(2**20), b""), 1):  # no line is as long
-            where = f"{path}, line {number}"
-            with msae.reading(where, '{"tok_ids": [whole numbers]}'):
-                ids = np.array(json.loads(line)["tok_ids"])
-                if ids.ndim != 1 or ids.dtype.kind != "i":
-                    raise ValueError(f"they are {ids.dtype} {ids.shape}")
-            yield where, ids
-
-
-@main.command()
+@main.command(epilog="Example: python cli.py harvest --layer 2 --max-rows 1000000 --out layer2.npy")
 @model_option
 @layer_option
 @device_option
-@option("--tokens", default="train.jsonl",
-        help='Token ids: a .jsonl of {"tok_ids": [...]}, a .npy (docs, positions), or the published file.')
+@option("--tokens", default="train.jsonl", help='Lines of {"tok_ids": [...]}, a .npy, or a published file.')
 @option("--max-rows", type=IntRange(min=1), default=30_000_000, help="Stop after this many.")
 @option("--dtype", type=click.Choice(["float16", "float32"]), default="float16", help="Of the rows.")
 @option("--out", type=NEW_FILE, default="acts.npy", help="A new file.")
 def harvest(model_path, layer, device, tokens, max_rows, dtype, out):
-    """Residual stream activations of TinyModel as rows for train, without those of [BEGIN] and [PAD].
-
-    \b
-    Examples:
-      python cli.py harvest
-      python cli.py harvest --layer 2 --max-rows 1000000 --out layer2.npy
-      python cli.py harvest --model mine.pt --tokens tokens.jsonl
-    """
-    out, total = Path(out), 0
+    """Residual stream activations of TinyModel as rows for train, without those of [BEGIN] and [PAD]."""
     if out.exists():
         raise FileExistsError(f"{out} exists: choose another --out")
-    folder = writable(out.parent)
-    model, hooks = tiny_model(model_path, layer, device)
-    width, batches = model.embed.weight.shape[1], token_reader(tokens, model, batch_size=64)
-    for ids in batches():  # all of them are checked before the first is used
-        total = min(total + int((~torch.isin(ids, torch.tensor(DROPPED))).sum()), max_rows)
-        if total == max_rows:
-            break
-    size, free = total * width * np.dtype(dtype).itemsize, shutil.disk_usage(folder).free
-    if size > free:
-        raise OSError(f"{out} would take {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free: "
-                      "lower --max-rows, or choose another --out")
-    with Lines() as lines:
-        n = msae.harvest(model, model.layers[layer], batches(), out, at="input", drop=DROPPED, dtype=dtype,
-                         max_rows=max_rows, on_rows=lines.counter("harvest", total))
-    about = {"model_name": Path(model_path).name, "hook_name": hooks[layer],
-             "dataset": tokens if Path(tokens).exists() else DATASET}
-    if not Path(model_path).exists():  # then it came from the Hub
-        about["base_model"] = msae.TINY_MODEL[0]
-    msae.write(f"{out}.json", about)
-    click.echo(f"{n:,} rows of width {width} in {out}; next:  "
-               f"python cli.py train --acts {shlex.quote(str(out))} --latents 3072")
+    model, hooks, ids = tiny_model(model_path, layer, device, tokens, max_rows)
+    total = min(max_rows, int(torch.isin(ids, torch.tensor(DROPPED), invert=True).sum()))
+    size = total * model.embed.weight.shape[1] * np.dtype(dtype).itemsize
+    if size > (free := shutil.disk_usage(out.parent).free):
+        raise OSError(f"{out} would take {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: lower --max-rows")
+    with progress("harvest  row", total) as show:
+        msae.harvest(model, model.layers[layer], ids.split(64), out, at="input", drop=DROPPED, dtype=dtype,
+                     max_rows=max_rows, on_rows=show)
+    base = {} if Path(model_path).exists() else {"base_model": msae.TINY_MODEL[0]}  # from the Hub
+    msae.write(f"{out}.json", {"model_name": Path(model_path).name, "hook_name": hooks[layer],
+                               "dataset": tokens if Path(tokens).exists() else DATASET, **base})
+    click.echo(f"{total:,} rows in {out}; next:  python cli.py train --acts {out} --latents 3072")
 
 
-@main.command("eval")
+@main.command("eval", epilog="Example: python cli.py eval runs/acts-3072 --acts held.npy --labels labels.npy")
 @click.argument("checkpoints", nargs=-1, required=True)
 @option("--acts", required=True, help="Activations that training did not see, as for train.")
-@option("--labels", type=OLD_FILE, help="A .npy with a whole number, or 0 and 1s, for each row of --acts: "
-        "adds probing, absorption and erasure, on at most 20,000 of them.")
+@option("--labels", type=OLD_FILE, help="A .npy, a whole number or 0s and 1s for each row: adds probing.")
 @option("--tokens", help="Ids as for harvest: adds the loss of TinyModel with reconstructions spliced in.")
 @option("--max-tokens", type=IntRange(min=1), default=100_000, help="Use this many of --tokens.")
 @model_option
@@ -575,137 +412,64 @@ def harvest(model_path, layer, device, tokens, max_rows, dtype, out):
 @device_option
 @option("--out", type=NEW_FILE, help="JSON file.  [default: eval.json in each checkpoint's folder]")
 def evaluate(checkpoints, acts, labels, tokens, max_tokens, model_path, layer, device, out):
-    """Figures of one or more checkpoints over a whole set of rows, for each prefix.
-
-    \b
-    Examples:
-      python cli.py eval runs/acts-3072 --acts held.npy
-      python cli.py eval runs/acts-3072 runs/acts-3072/vanilla --acts held.npy --labels labels.npy
-      python cli.py eval runs/acts-3072 --acts held.npy --tokens validation.jsonl --layer 3
-    """
-    rows, device, results = msae.Rows(acts), msae.check_device(device), {}
-    x, y, label_names = label_rows(labels, rows) if labels else (None, None, None)
+    """Figures of one or more checkpoints over a whole set of rows, for each prefix."""
+    rows, results = msae.Rows(acts), {}
+    if labels:
+        x, y, label_names = label_rows(labels, rows)
     saes = {path: msae.MatryoshkaSAE.load(path) for path in checkpoints}
+    if tokens:
+        model, hooks, ids = tiny_model(model_path, layer, device, tokens, max_tokens)
     for path, sae in saes.items():
+        hook = sae.metadata.get("hook_name")
         if len(sae.b_dec) != rows.d_model:
             raise ValueError(f"{path} is for rows of width {len(sae.b_dec)}, {acts} has {rows.d_model}")
+        if tokens and hook in hooks and hook != hooks[layer]:
+            raise click.UsageError(f"--layer {layer} is not where {path} was trained, {hook}")
+    if out:
+        out.touch()  # refused now or never
+    for path, sae in saes.items():
+        found = results[path] = {"checkpoint": path, "acts": acts}
+        if tokens:  # and labels first, as they may be refused and rows may take hours
+            texts, module = ids.split(8), model.layers[layer]  # more logits would take much memory
+            with progress(f"{path}  batch", len(texts)) as show:
+                batches = (show(number) or batch for number, batch in enumerate(texts, 1))
+                found["loss"] = msae.loss_recovered(model, module, sae.to(device), batches, drop=DROPPED)
+        if labels:
+            found["labels"] = {**msae.probe(sae.cpu(), x, y), "labels": label_names}
+        with progress(f"{path}  row", len(rows)) as show:
+            found |= msae.evaluate(sae.to(device), rows, on_rows=show)
+        if out or os.access(path, os.W_OK):  # not of the Hub
+            file = out or Path(path, EVAL)
+            msae.write(file, list(results.values()) if out and len(saes) > 1 else found)
+            click.echo(f"wrote {file}")
+    show_table(f"{len(rows):,} rows", FIGURES | {"firing 1e-8 to 1": "{bars}"}, results, levels)
     if tokens:
-        model, hooks = tiny_model(model_path, layer, device)
-        batches = token_reader(tokens, model, batch_size=8)  # logits take much memory
-        for path, sae in saes.items():
-            if sae.metadata.get("hook_name") in {*hooks} - {hooks[layer]}:
-                text = f"{layer} is not where {path} was trained, {sae.metadata['hook_name']}"
-                raise click.BadParameter(text, param_hint="--layer")
-    files = {Path(out): None} if out else {Path(path) / EVAL: path for path in saes if Path(path).is_dir()}
-    for file in files:
-        writable(file.parent)
-    ends = [Path(path).name for path in saes]
-    names = {path: end if ends.count(end) == 1 else path for path, end in zip(saes, ends)}
-    with Lines() as lines:
-        for path, sae in saes.items():
-            name, more = names[path], {}
-            sae.to(device)
-            if tokens:  # and labels first, as they may be refused and rows may take hours
-                count = lines.counter(f"{name} spliced in", max_tokens, "tokens")
-                ids = limited(batches(), max_tokens, count)
-                more["loss"] = msae.loss_recovered(model, model.layers[layer], sae, ids, drop=DROPPED)
-            if labels:
-                more["labels"] = {**msae.probe(sae.cpu(), x, y), "labels": label_names}
-            figures = msae.evaluate(sae.to(device), rows, on_rows=lines.counter(name, len(rows)))
-            results[path] = {"checkpoint": path, "acts": acts, **figures, **more}
-    show_results({names[path]: found for path, found in results.items()})
-    whole = list(results.values())
-    whole = whole[0] if len(whole) == 1 else whole
-    for file, path in files.items():
-        msae.write(file, results.get(path, whole))
-    click.echo(f"wrote {', '.join(map(str, files)) or 'nothing: no folder, no --out'}")
+        title = "Cross-entropy over {tokens:,} tokens: {clean:.4f}, zeroed {zeroed:.4f}, spliced in"
+        show_table(title.format(**found["loss"]), SPLICED, results, lambda each: each["loss"]["prefixes"])
+    if labels:
+        title = f"F1 of k-sparse probes; of all of the raw row {found['labels']['raw']['f1']:.3f}"
+        show_table(title, PROBED, results, lambda each: each["labels"]["prefixes"])
+        show_table("Fall of accuracy by erasure", ERASED, results, lambda each: each["labels"]["erasure"])
 
 
 def label_rows(path, rows, most=20_000):
-    """(x (n, D), y (n, C) booleans, C names) of at most ``most`` of ``rows``, in random whole blocks.
-
-    ``path``: a ``.npy`` with a whole number, or C of 0 and 1, for each row; ``ValueError`` for anything else.
-    """
+    """(x (n, D), y (n, C) booleans, C names) of at most ``most`` of ``rows``, in random whole blocks."""
     labels, n = msae.read_npy(path), len(rows)
     labels = labels.reshape(-1) if labels.size == n else labels
-    if labels.dtype.kind not in "iub" or labels.ndim not in (1, 2) or len(labels) != n or labels.size == 0:
-        found = f"{labels.dtype} {labels.shape}"
-        raise ValueError(f"{path} must hold whole numbers ({n},) or 0 and 1 ({n}, C), got {found}")
-    values = np.unique(labels).astype(np.int64)
-    if len(values) > 1000 or labels.ndim == 2 and not set(values) <= {0, 1}:
-        rule = "at most 1000 different values" if labels.ndim == 1 else "0 and 1 where it has columns"
-        raise ValueError(f"{path} must hold {rule}, got {values[:5]}, ... ({len(values)})")
-    sizes = np.array([stop - start for _, start, stop in rows.blocks])
-    order = np.random.default_rng(0).permutation(len(sizes))
-    chosen = np.sort(order[sizes[order].cumsum() <= most])
-    blocks = np.split(labels, sizes.cumsum()[:-1])
-    y = np.concatenate([blocks[i] for i in chosen]).astype(np.int64)
-    names = values.tolist() if y.ndim == 1 else range(y.shape[1])
-    y = y[:, None] == values if y.ndim == 1 else y == 1
-    return torch.from_numpy(rows.keep(chosen).read()), torch.from_numpy(y), [str(name) for name in names]
-
-
-def limited(batches, n_most, on_tokens):
-    """The first batches of token ids, ``n_most`` ids or a few more; ``on_tokens`` gets the number done."""
-    done = 0
-    for ids in batches:
-        yield ids
-        done += ids.numel()
-        on_tokens(min(done, n_most))
-        if done >= n_most:
-            return
-
-
-def show_results(results):
-    """The tables of eval."""
-    show_figures(results, "rows")
-    show_frequencies(results)
-    for name, found in results.items():
-        if "loss" in found:
-            loss = found["loss"]
-            rows = [("clean", "", f"{loss['clean']:.4f}", "100.0%")]
-            rows += [("zeroed", "", f"{loss['zeroed']:.4f}", "0.0%"), None]
-            for level in loss["prefixes"]:
-                numbers = f"{level['latents']:,}", f"{level['spliced']:.4f}"
-                rows.append(("spliced", *numbers, percent(level["recovered"])))
-            title = f"Cross-entropy over {loss['tokens']:,} tokens, {name} spliced in"
-            show_table(title, ("", "latents", "loss", "recovered"), rows)
-        if "labels" in found:
-            show_labels(name, found["labels"])
-
-
-def percent(share):
-    return "" if share is None else f"{share:.1%}"
-
-
-def show_frequencies(results):
-    """How many latents fire how often: a row per half decade, a column per SAE."""
-    found, rows = [each["frequencies"] for each in results.values()], []
-    edges, counts = found[0]["edges"], np.array([each["counts"] for each in found])
-    used, width = counts.any(axis=0).nonzero()[0], max(6, (console.width - 20) // len(counts) - 12)
-    for i in range(used.min(), used.max() + 1) if len(used) else ():
-        bars = ("█" * round(width * column[i] / max(1, column.max())) for column in counts)
-        cells = (f"{bar} {n:,}" for bar, n in zip(bars, counts[:, i]))
-        rows.append((f"{edges[i]:.1e} to {edges[i + 1]:.1e}", *cells))
-    show_table("Latents by the share of rows they fire on", ("fires on", *results), rows)
-
-
-def show_labels(name, found):
-    rows = [("raw rows", "", "", f"{found['raw']['f1']:.3f}"), None]
-    for level in found["prefixes"]:
-        f1 = {score["k"]: f"{score['f1']:.3f}" for score in level["probes"]}
-        rows.append((f"{level['latents']:,}", *(f1.get(k, "") for k in (1, 2, 5)),
-                     percent(level["absorption"]), f"{level['splitting']:.1f}"))
-    erased = (f"top {each['latents']} {each['own']:.3f} {each['others']:.3f}" for each in found["erasure"])
-    show_table(f"{name}, {len(found['labels'])} labels on {found['rows']:,} rows: F1 of k-sparse probes",
-               ("latents", "k=1", "2", "5", "absorbed", "split"), rows,
-               caption="erasure, fall of balanced accuracy, own and others': " + "; ".join(erased))
+    sound = labels.dtype.kind in "iub" and labels.shape in ((n,), (n, labels.size // n or 1))
+    values = np.unique(labels).astype(np.int64) if sound else ()
+    if not 0 < len(values) <= 1000 or labels.ndim == 2 and not set(values) <= {0, 1}:
+        raise ValueError(f"{path} must hold whole numbers ({n},), up to 1000 different, or 0 and 1 ({n}, C), "
+                         f"got {labels.dtype} {labels.shape} {labels.reshape(-1)[:5]}")
+    sizes = [stop - start for _, start, stop in rows.blocks]
+    chosen = np.random.default_rng(0).permutation(len(sizes))[: most // max(sizes)]
+    y = labels[np.isin(np.arange(len(sizes)), chosen).repeat(sizes)].astype(np.int64)
+    y, names = (y == 1, range(y.shape[1])) if y.ndim == 2 else (y[:, None] == values, values)
+    return rows.keep(chosen).read(), torch.from_numpy(y), [str(name) for name in names]
 
 
 # ------------------------------------------------------------------------------------------------------ bench
-
-
-@main.command()
+@main.command(epilog="Example: python cli.py bench --latents 24576 --steps 10")
 @option("--latents", type=IntRange(1, 2**31), default=3072, help="Number of latents F.")
 @option("--d-model", type=IntRange(1, 2**31), default=768, help="Width D of the rows.")
 @option("--batch-size", type=IntRange(1, 2**31), default=2048, help="Rows per step.")
@@ -714,49 +478,34 @@ def show_labels(name, found):
 @device_option
 @dtype_option
 def bench(latents, d_model, batch_size, k, steps, device, dtype):
-    """This machine's training step, beside the encoder product alone, which no SAE can do without.
-
-    \b
-    Examples:
-      python cli.py bench
-      python cli.py bench --latents 24576 --steps 10
-    """
-    device, cfg = msae.check_device(device), msae.TrainConfig(latents, k, batch_size=batch_size, dtype=dtype)
-    trainer, on_cuda = msae.Trainer(cfg, d_model, device), device.type == "cuda"
-    x = torch.randn(batch_size, 8) @ torch.randn(8, d_model) / 2 + torch.randn(batch_size, d_model)
-    x = x.to(device) / d_model**0.5
+    """This machine's training step, beside the encoder product alone, which no SAE can do without."""
+    cfg = msae.TrainConfig(latents, k, batch_size=batch_size, dtype=dtype)
+    trainer = msae.Trainer(cfg, d_model, device)
+    x = torch.randn(batch_size, d_model, device=device) / d_model**0.5
     a, W = (t.to(getattr(torch, trainer.dtype)) for t in (x, torch.randn(d_model, latents, device=device)))
-    product, wait = a @ W, functools.partial(torch.cuda.synchronize, device) if on_cuda else lambda: None
+    product = a @ W
 
-    def clock(call, *arguments, **options):
-        wait()
+    def seconds(call):
         started = time.perf_counter()
-        call(*arguments, **options)
-        wait()
+        call().flatten()[0].item()  # waits for a GPU
         return time.perf_counter() - started
 
-    pairs = [(clock(torch.mm, a, W, out=product), clock(trainer.step, x)) for _ in range(steps + 3)]
-    alone, step = (median(times) for times in zip(*pairs[3:]))  # in turn, so that drift cancels
-    peak = torch.cuda.max_memory_allocated(device) if on_cuda else peak_memory()
-    console.print(f"batch {batch_size:,}, width {d_model:,}, {latents:,} latents, k {k:g}, "
-                  f"{len(trainer.step_prefixes())} prefixes, {trainer.dtype} on {device}")
-    show_table(None, ("", ""), show_header=False, rows=[
-        ("encoder product alone", f"{1e3 * alone:.1f} ms"),
-        ("training step", f"{1e3 * step:.1f} ms, {step / alone:.2f} x the product"),
-        ("rows per second", f"{batch_size / step:,.0f}"),
-        ("peak memory of this process", f"{peak / 2**20:,.0f} MiB" if peak else "not known here")])
-
-
-def peak_memory():
-    """Peak resident memory of this process in bytes; 0 where the system does not tell."""
-    with contextlib.suppress(ImportError):
+    pairs = [(seconds(lambda: torch.mm(a, W, out=product)), seconds(lambda: trainer.step(x)))
+             for _ in range(steps + 3)]
+    alone, step = np.median(pairs[3:], axis=0)  # in turn, so that drift cancels
+    click.echo(f"batch {batch_size:,}, width {d_model:,}, {latents:,} latents, k {k:g}, "
+               f"{len(trainer.step_prefixes())} prefixes, {trainer.dtype} on {device}\n\n"
+               f"encoder product alone  {1e3 * alone:,.1f} ms\n"
+               f"training step          {1e3 * step:,.1f} ms, {step / alone:.2f} x the product\n"
+               f"rows per second        {batch_size / step:,.0f}")
+    with contextlib.suppress(ImportError):  # Windows has no such module
         import resource
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return 0
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak
+        click.echo(f"peak memory            {peak / 2**20:,.0f} MiB")
 
 
 # ------------------------------------------------------------------------------------------------------- push
-
 CARD = """---
 library_name: saelens
 license: {license}
@@ -770,41 +519,24 @@ A Matryoshka sparse autoencoder: {F} latents for raw activations of width {D}. E
 
 {facts}
 
-## Figures
-
 {figures}
 
-## Use
-
-With `msae.py`, one file:
-
 ```python
-import torch, msae
-
+import torch, msae  # one file, msae.py
 sae = msae.MatryoshkaSAE.load({source})
-x = torch.randn(8, {D})  # raw activations, (rows, {D})
-codes = sae.encode(x)  # (8, {F})
-general = sae.encode(x, prefix={p})  # (8, {p}): the SAE that the first {p} latents are
+codes = sae.encode(torch.randn(8, {D}))  # raw activations -> (8, {F}); with prefix={p} -> (8, {p})
 recon = sae.decode(codes)  # (8, {D})
 ```
 
-With SAELens (`pip install sae-lens`):
-
 ```python
-import torch
-from huggingface_hub import snapshot_download
-from sae_lens import SAE
-
-sae = SAE.load_from_disk(snapshot_download({source}))
-codes = sae.encode(torch.randn(8, {D}))
-recon = sae.decode(codes)
+import huggingface_hub, sae_lens, torch  # pip install sae-lens
+sae = sae_lens.SAE.load_from_disk(huggingface_hub.snapshot_download({source}))
+recon = sae.decode(sae.encode(torch.randn(8, {D})))
 ```
 """
-LEGEND = """On {:,} rows {}. FVU: squared error over variance; L0: active latents per row;
-dead: latents that never fire; cosine: mean over latents of the largest with another decoder row."""
 
 
-@main.command()
+@main.command(epilog="Example: python cli.py push runs/mine ada/mine --dry-run")
 @click.argument("checkpoint", required=False, type=click.Path(path_type=Path))
 @click.argument("repo", required=False)
 @option("--private/--public", default=None, show_default=False, help="Of a new repository.")
@@ -815,90 +547,54 @@ dead: latents that never fire; cosine: mean over latents of the largest with ano
 @option("--license", default="mit", help="Of the weights, for the card.")
 @option("--dry-run", is_flag=True, help="Show what would go up, without touching the network.")
 def push(checkpoint, repo, private, token, license, dry_run, revision, create_pr, commit_message):
-    """Upload CHECKPOINT to REPO on the Hugging Face Hub, with a model card, in one commit.
-
-    CHECKPOINT defaults to the newest under runs/, REPO to its folder's name under your name. Weights, configs
-    and metrics go up; the state of the optimizer never.
-
-    \b
-    Examples:
-      python cli.py push
-      python cli.py push runs/mine ada/mine --private
-      python cli.py push runs/mine ada/mine --dry-run
-    """
-    if create_pr and revision:
-        raise click.UsageError("--create-pr opens a pull request to main: leave --revision out")
-    folder = (checkpoint or newest_checkpoint()).resolve()
-    sae, repo = msae.MatryoshkaSAE.load(folder), repo or folder.name
-    names = [name for name in (msae.WEIGHTS, msae.CONFIG, msae.METRICS, EVAL) if (folder / name).is_file()]
-    files = {name: (folder / name).read_bytes() for name in names}
-    files["config.json"] = files[msae.CONFIG]  # the Hub counts downloads by it
-    figures = card_figures(folder)
+    """Upload CHECKPOINT (or the newest in runs/) to REPO on the Hugging Face Hub, with a model card."""
+    weights = max(Path("runs").glob(f"*/{msae.WEIGHTS}"), key=os.path.getmtime, default=None)
+    if not (checkpoint or weights):
+        raise FileNotFoundError("there is no checkpoint under runs/: train one, or name its folder")
+    folder = (checkpoint or weights.parent).resolve()
+    repo = repo or folder.name
+    name = repo if "/" in repo else f"YOUR_NAME/{repo}"
+    card = model_card(folder, name, license, revision)
+    paths = [folder / name for name in (msae.WEIGHTS, msae.CONFIG, msae.METRICS, EVAL)]
+    files = {path.name: path.read_bytes() for path in paths if path.is_file()}
+    files |= {"config.json": files[msae.CONFIG], "README.md": card.encode()}  # the Hub counts by the first
+    if dry_run:
+        lines = "".join(f"{len(content):>13,}  {file}\n" for file, content in files.items())
+        click.echo(f"would push {folder} to {name}, in one commit:\n{lines}\n{card}")
+        return
     try:
         from huggingface_hub import CommitOperationAdd, HfApi
-        from huggingface_hub.utils import validate_repo_id
-        validate_repo_id(repo)
         api = HfApi(token=token)
-        if dry_run:
-            name = repo if "/" in repo else f"YOUR_NAME/{repo}"
-        else:
-            name = api.create_repo(repo, private=private, exist_ok=True).repo_id
-        files["README.md"] = model_card(sae, figures, name, license, revision).encode()
-        if dry_run:
-            lines = "".join(f"{len(content):>13,}  {file}\n" for file, content in files.items())
-            click.echo(f"would push {folder} to {name}, in one commit:\n{lines}")
-            click.echo(files["README.md"])
-            return
-        if revision and not api.revision_exists(name, revision):
-            api.create_branch(name, branch=revision)
-        commit = api.create_commit(name, [CommitOperationAdd(*file) for file in files.items()],
+        repo_id = api.create_repo(repo, private=private, exist_ok=True).repo_id
+        files["README.md"] = card.replace(name, repo_id).encode()
+        if revision and not api.revision_exists(repo_id, revision):
+            api.create_branch(repo_id, branch=revision)
+        commit = api.create_commit(repo_id, [CommitOperationAdd(*file) for file in files.items()],
                                    commit_message=commit_message, revision=revision, create_pr=create_pr)
-    except Exception as error:  # of huggingface_hub, its HTTP library, Xet
-        text = re.sub("Bearer .*", "Bearer ...", msae.one_line(error))
-        raise OSError(f"{folder} cannot be pushed to {repo}: {text}") from None
-    click.echo(commit.pr_url or f"{api.endpoint}/{name}" + (f"/tree/{revision}" if revision else ""))
+    except Exception as error:  # of huggingface_hub, its HTTP library, Xet; after "Bearer" follows a token
+        raise OSError(f"{folder} cannot be pushed to {repo}: {msae.one_line(error).split('Bearer')[0]}")
+    click.echo(commit.pr_url or f"{api.endpoint}/{repo_id}" + (f"/tree/{revision}" if revision else ""))
 
 
-def newest_checkpoint():
-    """The folder under runs/ that was saved last; a vanilla twin counts as part of its Matryoshka SAE."""
-    found = [path for path in Path("runs").rglob(msae.WEIGHTS) if not (path.parents[1] / path.name).exists()]
-    if not found:
-        raise FileNotFoundError("there is no checkpoint under runs/: train one, or name its folder")
-    return max(found, key=lambda path: path.stat().st_mtime).parent
-
-
-def model_card(sae, figures, repo, license, revision):
-    """The README.md of ``repo``."""
-    known = {name: value for name, value in sae.metadata.items() if value}
-    facts = [f"- {name.replace('_', ' ')}: {known.get(name, 'not recorded')}" for name in (*ORIGIN, "k")]
-    if isinstance(known.get("training"), dict):
-        settings = (f"{name} {value}" for name, value in known["training"].items() if value is not None)
-        facts.append(f"- settings: {', '.join(settings)}")
+def model_card(folder, repo, license, revision):
+    """The README.md of ``repo``, with a table of eval.json if there is one."""
+    sae, figures = msae.MatryoshkaSAE.load(folder), "There was no evaluation on held-out rows."
+    if (folder / EVAL).is_file():
+        with msae.reading(folder / EVAL, "what eval writes"):
+            found = read_json(folder / EVAL)
+            rows = [[cell(text, row) for text in FIGURES.values()] for row in levels(found)]
+            table = "\n".join(f"| {' | '.join(row)} |" for row in ([*FIGURES], ["---"] * len(FIGURES), *rows))
+            of = found.get("acts", "held out from training")
+            figures = (f"{table}\n\nOn {found['rows']:,} rows ({of}). FVU: squared error over variance; "
+                       f"L0: active latents per row; {LEGEND}.")
+    facts = [f"- {name}: {value}" for name, value in sae.metadata.items()]
+    base = sae.metadata.get("base_model")
     return CARD.format(
-        license=json.dumps(license), title=repo.split("/")[1], figures=figures, facts="\n".join(facts),
+        license=json.dumps(license), title=repo.split("/")[-1], figures=figures, facts="\n".join(facts),
         F=len(sae.b_enc), D=len(sae.b_dec), p=sae.prefixes[0], prefixes=", ".join(map(str, sae.prefixes)),
-        base=f"base_model: {json.dumps(known['base_model'])}\n" if "base_model" in known else "",
+        base=f"base_model: {json.dumps(base)}\n" if base else "",
         source=f"{repo!r}, revision={revision!r}" if revision else repr(repo))
 
 
-def card_figures(folder):
-    """A table of eval.json, or a sentence on the last line of metrics.jsonl."""
-    with msae.reading(f"{EVAL} or {msae.METRICS} in {folder}", "what training writes"):
-        if (folder / EVAL).is_file():
-            found = read_json(folder / EVAL)
-            rows = [f"| {p['latents']:,} | {p['fvu']:.4f} | {p['l0']:.2f} | | |" for p in found["prefixes"]]
-            rows[-1] = f"{rows[-1][:-4]} {found['dead']:.2%} | {found['max_cosine']:.3f} |"
-            of = f"of {found['acts']}" if "acts" in found else "that training did not see"
-            head = ["| latents | FVU | L0 | dead | cosine |", "|---|---|---|---|---|"]
-            return "\n".join([*head, *rows, "", LEGEND.format(found["rows"], of)])
-        text, metrics = "There was no evaluation on held-out rows.", folder / msae.METRICS
-        lines = metrics.read_text().splitlines() if metrics.is_file() else []
-        if lines:
-            text += (" On a training batch at step {step:,}: FVU {fvu:.4f}, L0 {l0:.2f}, dead {dead:.2%}."
-                     .format(**json.loads(lines[-1])))
-        return text
-
-
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, before)
     main()

@@ -7,19 +7,17 @@
 
 Every prefix of the latents has to reconstruct alone, so the early latents stay general and are not absorbed
 by the specialised ones that follow. One prefix, of all latents, is the plain BatchTopK SAE. B batch rows,
-D model width, F latents, P prefixes. Not included: L1 and gated SAEs, transcoders, thresholds per latent.
+D model width, F latents, P prefixes. Not included: L1 and gated SAEs, transcoders.
 
-Sections 1 to 4 are the whole method as it stands above: autoencoder, selection and loss, settings, trainer.
-5 is the same step, fast. Around them: 6 runs, 7 files, 8 metrics, 9 the toy, 10 language models.
+Sections 1 to 4 are the whole method, literally: autoencoder, selection and loss, settings, trainer. 5 is the
+same step, fast. Around them: 6 runs, 7 files, 8 metrics, 9 the toy, 10 language models.
 
-Sources: nested loss: Bussmann, Nabeshima, Karvonen, Nanda 2025, arXiv 2503.17547. Pareto prefixes, the toy:
-noanabeshima/matryoshka-saes. BatchTopK: Bussmann, Leask, Nanda 2024, arXiv 2412.06410. AuxK: Gao et al. 2024,
+Sources: nested loss: Bussmann et al. 2025, arXiv 2503.17547; Pareto prefixes, energy order, the toy:
+noanabeshima/matryoshka-saes; BatchTopK: Bussmann et al. 2024, arXiv 2412.06410; AuxK: Gao et al. 2024,
 arXiv 2406.04093.
 """
 
-import collections.abc
 import contextlib
-import copy
 import dataclasses
 import hashlib
 import itertools
@@ -29,7 +27,6 @@ import mmap
 import os
 import re
 import signal
-import threading
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -46,7 +43,7 @@ def _require(ok, rule, value):
         raise ValueError(f"{rule}, got {value!s:.300}")
 
 
-# ----------------------------------------------------------------------------------------- 1. the autoencoder
+# --------------------------------------- 1. the autoencoder
 # What is trained, saved and used: four parameters and a threshold, on disk in SAELens' JumpReLU format.
 # Uses ``prefix_lengths`` of section 2 and the readers and writers of section 7.
 
@@ -55,13 +52,10 @@ SAELENS = {"architecture": "jumprelu", "normalize_activations": "none", "reshape
 
 
 class MatryoshkaSAE(nn.Module):
-    """Sparse autoencoder whose every prefix of latents is an autoencoder too.
+    """Sparse autoencoder whose every prefix of latents is one too. At first ``W_enc = W_dec.T``, random.
 
         acts  = pre * (pre > threshold),  pre = relu((x - b_dec) @ W_enc + b_enc)      (..., D) -> (..., F)
         recon = acts @ W_dec + b_dec                                                   (..., F) -> (..., D)
-
-    Starts with random unit rows of ``W_dec (F, D)`` and ``W_enc = W_dec.T``; ``threshold (F,)`` is one number
-    repeated where it was trained here. ``metadata``: what its checkpoint says of it.
     """
 
     def __init__(self, d_model, n_latents, prefixes=None, generator=None):
@@ -71,14 +65,13 @@ class MatryoshkaSAE(nn.Module):
         self.b_enc = nn.Parameter(torch.zeros(n_latents))
         self.W_dec = nn.Parameter(W_dec)
         self.b_dec = nn.Parameter(torch.zeros(d_model))
-        self.register_buffer("threshold", torch.zeros(n_latents))
+        self.register_buffer("threshold", torch.zeros(n_latents))  # one number repeated, of SAEs trained here
         self.prefixes = prefix_lengths(n_latents, prefixes)
-        self.metadata = {}
+        self.metadata = {}  # what its checkpoint says of it
 
     def pre_acts(self, x, prefix=None):
         """``relu((x - b_dec) @ W_enc + b_enc)`` of the first ``prefix`` latents: (..., D) -> (..., p)."""
-        D = len(self.b_dec)
-        _require(x.shape[-1:] == (D,), f"the last dimension of x must be the model width {D}", tuple(x.shape))
+        _require(x.shape[-1:] == self.b_dec.shape, f"x must be {len(self.b_dec)} wide", tuple(x.shape))
         x = x.to(self.b_dec.dtype) - self.b_dec
         return torch.relu(x @ self.W_enc[:, :prefix] + self.b_enc[:prefix])
 
@@ -108,31 +101,28 @@ class MatryoshkaSAE(nn.Module):
 
     @classmethod
     def load(cls, source, device="cpu", revision=None):
-        """Read a JumpReLU SAE of ``save`` or of SAELens; nothing is unpickled.
-
-        ``source``: a folder, or the Hub repository "user/name" at ``revision``. ``ValueError`` names what is
-        missing, misshapen, foreign or not finite; ``OSError`` what cannot be read.
-        """
-        on_hub = isinstance(source, str) and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source)
+        """Read a JumpReLU SAE, of ``save`` or of SAELens, from a folder or the Hub's "user/name".
+        ``ValueError`` names what is missing, foreign, misshapen or not finite."""
+        on_hub = isinstance(source, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", source)
         on_hub = on_hub and not Path(source).parent.is_dir()
-        _require(on_hub or revision is None, f"revision needs a Hub repository, {source} is none", revision)
+        _require(on_hub or not revision, f"revision needs a Hub repository, {source} is none", revision)
         folder = download(source, [CONFIG, WEIGHTS], revision) if on_hub else Path(source)
         with reading(folder, "a JumpReLU checkpoint of SAELens"):
             cfg = json.loads((folder / CONFIG).read_text())
             for name, needed in SAELENS.items():  # the last is missing in older ones
                 _require(cfg.get(name, "none") == needed, f"{name} must be {needed}", repr(cfg.get(name)))
             metadata = {"prefixes": [cfg["d_sae"]], **(cfg.get("metadata") or {})}
-            sae = cls(cfg["d_in"], cfg["d_sae"], metadata["prefixes"], torch.Generator())
+            sae = cls(cfg["d_in"], cfg["d_sae"], metadata.pop("prefixes"), torch.Generator())
             sae.load_state_dict(safetensors.torch.load_file(folder / WEIGHTS))  # these five, of these shapes
-            sound = all(tensor.isfinite().all() for tensor in sae.state_dict().values())
-            _require(sound, "its tensors must be finite", "NaN or infinity")
+            for name, tensor in sae.state_dict().items():
+                _require(tensor.isfinite().all(), f"{name} must be finite", "NaN or infinity")
         if not cfg.get("apply_b_dec_to_input", True):  # x @ W_enc = (x - b_dec) @ W_enc + b_dec @ W_enc
             sae.b_enc.data += sae.b_dec.data @ sae.W_enc.data
-        dropped = ("sae_lens_version", "prefixes")
-        sae.metadata = {name: value for name, value in metadata.items() if name not in dropped}
+        sae.metadata = {name: value for name, value in metadata.items() if name != "sae_lens_version"}
         return sae.to(device)
 
-# ------------------------------------------------------------------------------- 2. prefixes, selection, loss
+
+# ----------------------------- 2. prefixes, selection, loss
 # The method as pure functions, each its literal formula; autograd gives the gradients.
 # Uses torch alone.
 
@@ -142,21 +132,15 @@ FRACTIONS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)  # the widths of Bussmann et al.'
 def prefix_lengths(n_latents, prefixes=None):
     """Increasing lengths that end in ``n_latents``, of such or of fractions that end in 1 (``FRACTIONS``)."""
     given = FRACTIONS if prefixes is None else tuple(prefixes)
-    increasing = len(given) > 0 and given[0] > 0 and all(a < b for a, b in zip(given, given[1:]))
+    increasing = len(given) > 0 and all(a < b for a, b in zip((0, *given), given))
     lengths = increasing and given[-1] == n_latents and all(p == int(p) for p in given)
-    _require(increasing and (lengths or given[-1] == 1),
-             f"prefixes must increase and end in n_latents={n_latents} (or, as fractions, in 1)", list(given))
+    rule = f"prefixes must increase and end in n_latents={n_latents}, or as fractions in 1"
+    _require(increasing and (lengths or given[-1] == 1), rule, given)
     return tuple(sorted({int(p) if lengths else max(1, round(p * n_latents)) for p in given}))
 
 
 def sample_prefixes(n_latents, n_prefixes, power=0.5, generator=None):
-    """``n_latents`` and ``n_prefixes - 1`` smaller lengths ``L`` of ``P(L) ~ L^power - (L-1)^power``.
-
-    Without replacement. ``power`` 1 is uniform, towards 0 favours short prefixes (the original's comment,
-    noanabeshima/matryoshka-saes, has that inverted).
-    """
-    if n_prefixes == 1:
-        return (n_latents,)
+    """``n_latents`` and ``n_prefixes - 1`` other lengths ``L``, with ``P(L) ~ L^power - (L-1)^power``."""
     weights = (torch.arange(n_latents, dtype=torch.float64) ** power).diff()
     drawn = torch.multinomial(weights, n_prefixes - 1, generator=generator) + 1
     return (*sorted(drawn.tolist()), n_latents)
@@ -170,12 +154,8 @@ def batch_topk(pre, n):
 
 
 def nested_loss(x, acts, W_dec, b_dec, prefixes, weights=None):
-    """``sum_p w_p mean_B |x - b_dec - acts[:, :p] @ W_dec[:p]|^2``: a scalar.
-
-    ``x (B, D)``, ``acts (B, F)``; ``prefixes`` end in F, weights default to 1/P. Each block of latents
-    between two prefixes is decoded once. Learning rates do not transfer from the peers: dictionary_learning
-    weighs each term 1/P^2, SAELens 1, bartbussmann adds a level of b_dec alone.
-    """
+    """``sum_p w_p mean_B |x - b_dec - acts[:, :p] @ W_dec[:p]|^2`` of ``x (B, D)``, ``acts (B, F)``: scalar.
+    ``prefixes`` end in F, weights default to 1/P. Learning rates do not transfer from the peers (README)."""
     weights = weights or [1 / len(prefixes)] * len(prefixes)
     sizes = np.diff(prefixes, prepend=0).tolist()
     recon, loss = b_dec, 0.0
@@ -187,11 +167,9 @@ def nested_loss(x, acts, W_dec, b_dec, prefixes, weights=None):
 
 def aux_loss(sae, x, residual, dead):
     """AuxK: ``mean |residual - a @ W_dec[dead]|^2 / mean |residual - mean|^2``, a scalar, about 1.
-
     ``residual (B, D)`` is a constant; ``a`` keeps per row the ``min(D / 2, n_dead)`` largest of ``relu(pre)``
-    among the latents ``dead`` (indices). Gao et al. 2024, section A.2.
-    """
-    residual = residual.detach().float()
+    among the latents ``dead`` (indices). Gao et al. 2024, section A.2."""
+    residual = residual.detach()
     pre = torch.relu((x - sae.b_dec.detach()) @ sae.W_enc[:, dead] + sae.b_enc[dead])
     values, index = pre.topk(min(x.shape[1] // 2 or 1, len(dead)), dim=1)
     recon = torch.zeros_like(pre).scatter(1, index, values) @ sae.W_dec[dead]
@@ -199,97 +177,83 @@ def aux_loss(sae, x, residual, dead):
     return (residual - recon).pow(2).sum(dim=1).mean() / spread.clamp_min(1e-12)
 
 
-# ------------------------------------------------------------------------------------------------ 3. settings
+# ---------------------------------------------- 3. settings
 # All that a run depends on beside its rows, checked once, with the schedules that follow from it.
 # Uses section 2's ``prefix_lengths``.
 
-SIZE, RATE = (1, 2**31), (1e-12, 2**63)
-BOUNDS = {  # of single numbers, both included
-    "n_latents": SIZE, "n_latents_start": SIZE, "n_prefixes": SIZE, "batch_size": SIZE, "steps": SIZE,
-    "k": RATE, "k_start": RATE, "lr": RATE, "clip": RATE, "pareto_power": (1e-9, 1), "decay_fraction": (0, 1),
-    "warmup_steps": (0, 2**31), "k_anneal_steps": (0, 2**31), "aux_coef": (0, 2**63),
-    "dead_after": (1, 2**62), "seed": (0, 2**62),
-}
+DTYPES = (None, "float32", "bfloat16", "float16")
+LEAST = {"k": 1e-12, "k_start": 1e-12, "lr": 1e-12, "clip": 1e-12, "pareto_power": 1e-9, "n_latents": 1,
+         "n_prefixes": 2, "batch_size": 1, "steps": 1, "dead_after": 1}  # of other numbers 0
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """All settings of a run. ``ValueError`` names the field, the rule and the value that breaks it.
-
-    The same config and rows give, on one machine and device, the same weights: bit for bit on the CPU.
-    """
+    """All settings of a run, which with its rows fix the weights. ``ValueError`` names what is wrong."""
 
     n_latents: int
-    k: float = 30.0                     # active latents per row, on average over the batch; need not be whole
-    prefixes: tuple | None = None       # lengths that end in n_latents, or fractions that end in 1; FRACTIONS
-    n_prefixes: int | None = None       # instead: sample this many at every step (Pareto)
-    pareto_power: float = 0.5           # towards 0 favours short prefixes, 1 is uniform
+    k: float = 30.0  # active latents per row, on average over the batch; need not be whole
+    prefixes: tuple | None = None  # lengths that end in n_latents, or fractions that end in 1; FRACTIONS
+    n_prefixes: int | None = None  # instead: sample this many at every step (Pareto)
+    pareto_power: float = 0.5  # towards 0 favours short prefixes, 1 is uniform
     level_weights: tuple | None = None  # w_p, one per prefix, scaled to sum 1; None: all equal
-    order: str = "stored"               # "energy": prefixes run over the latents sorted by their mean square
-    batch_size: int = 2048              # rows
+    order: str = "stored"  # "energy": prefixes run over the latents sorted by their mean square
+    batch_size: int = 2048  # rows
     steps: int = 10_000
-    lr: float | None = None             # Adam's peak rate; None: default_lr(n_latents)
+    lr: float | None = None  # Adam's peak rate; None: default_lr(n_latents)
     betas: tuple = (0.9, 0.999)
-    warmup_steps: int | None = None     # of linear rise from 0; None: a tenth of the steps, at most 1000
-    decay_fraction: float = 0.2         # of the steps, at the end, in which lr falls linearly to 0
-    k_start: float | None = None        # k at step 0, moving linearly to k over k_anneal_steps; None: k
-    k_anneal_steps: int = 0
+    warmup_steps: int | None = None  # of linear rise from 0; None: a tenth of the steps, at most 1000
+    decay_fraction: float = 0.2  # of the steps, at the end, in which lr falls linearly to 0
+    k_start: float | None = None  # k at step 0, moving linearly to k over k_anneal_steps; None: k
+    k_anneal_steps: int = 0  # at least 1 with k_start
     n_latents_start: int | None = None  # with spare ones: the least energetic go until n_latents are left
-    prune_window: tuple = (0.2, 0.6)    # fractions of the steps between which they go
-    aux_coef: float = 1 / 32            # weight of the loss that revives dead latents
-    dead_after: int = 200_000           # rows without firing that make a latent dead
-    clip: float = 1.0                   # largest norm of the whole gradient
-    dtype: str | None = None            # of the products: float32, bfloat16, float16; None: bfloat16 on CUDA
+    prune_window: tuple = (0.2, 0.6)  # fractions of the steps between which they go
+    aux_coef: float = 1 / 32  # weight of the loss that revives dead latents
+    dead_after: int = 200_000  # rows without firing that make a latent dead
+    clip: float = 1.0  # largest norm of the whole gradient
+    dtype: str | None = None  # of the products: float32, bfloat16, float16; None: bfloat16 on CUDA
     seed: int = 0
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            self._check_field(field.name, getattr(self, field.name), field.type)
-        F, B, k_least = self.n_latents, self.batch_size, min(self.k, self.k_start or self.k)
-        n, weights = len(self.weights()), self.level_weights or (1,)
-        window, betas = self.prune_window, self.betas
+            name, value = field.name, getattr(self, field.name)
+            if isinstance(value, (list, np.generic)):  # of JSON, of numpy
+                value = tuple(value) if isinstance(value, list) else value.item()
+                object.__setattr__(self, name, value)
+            kind = field.type | int if isinstance(0.5, field.type) else field.type
+            rule = f"{name} must be {getattr(kind, '__name__', kind)}"
+            _require(isinstance(value, kind), rule, repr(value))
+            numbers, least = value if isinstance(value, tuple) else (value,), LEAST.get(name, 0)
+            sound = all(type(n) in (int, float) and least <= n < 2**63 for n in numbers)
+            _require(sound or isinstance(value, str | None), f"{rule} in [{least}, 2^63)", repr(value))
+        F, k_start, window = self.n_latents, self.k_start or self.k, self.prune_window
+        n_prefixes, weights = self.n_prefixes or len(self.prefix_lengths()), self.weights()
         for name, ok, rule in (
             ("k", self.k <= F, f"be at most n_latents={F}"),
-            ("k", round(k_least * B) >= 1, f"give at least one active entry in a batch of batch_size={B}"),
-            ("k_start", (self.k_start or 1) <= F, f"be at most n_latents={F}"),
+            ("k", round(min(self.k, k_start) * self.batch_size) >= 1, "keep at least one entry of a batch"),
+            ("k_start", k_start <= F, f"be at most n_latents={F}"),
             ("k_anneal_steps", self.k_anneal_steps > 0 or not self.k_start, "be at least 1 with k_start"),
-            ("n_prefixes", (self.n_prefixes or 1) <= F, f"be at most n_latents={F}"),
-            ("n_prefixes", self.n_prefixes is None or self.prefixes is None, "not be given with prefixes"),
-            ("level_weights", n == (self.n_prefixes or len(self.levels())), "be one number for each prefix"),
-            ("level_weights", min(weights) >= 0 < sum(weights), "not be negative, and not all 0"),
+            ("n_prefixes", n_prefixes <= F, f"be at most n_latents={F}"),
+            ("n_prefixes", not self.n_prefixes or self.prefixes is None, "not be given with prefixes"),
+            ("level_weights", len(weights) == n_prefixes and any(weights), "be one a prefix, not all 0"),
             ("order", self.order in ("stored", "energy"), 'be "stored" or "energy"'),
-            ("betas", len(betas) == 2 and 0 <= min(betas) <= max(betas) < 1, "be two in [0, 1)"),
+            ("betas", len(self.betas) == 2 and max(self.betas) < 1, "be two below 1"),
             ("n_latents_start", (self.n_latents_start or F) >= F, f"be at least n_latents={F}"),
-            ("prune_window", len(window) == 2 and 0 <= window[0] < window[1] <= 1, "be two fractions a < b"),
-            ("dtype", self.dtype in (None, "float32", "bfloat16", "float16"),
-             "be float32, bfloat16 or float16"),
+            ("prune_window", len(window) == 2 and window[0] < window[1] <= 1, "be two fractions a < b"),
+            ("dtype", self.dtype in DTYPES, "be float32, bfloat16 or float16"),
         ):
             _require(ok, f"{name} must {rule}", getattr(self, name))
-
-    def _check_field(self, name, value, kind):
-        if isinstance(value, (list, np.generic)):
-            value = tuple(value) if isinstance(value, list) else value.item()
-            object.__setattr__(self, name, value)
-        numbers = value if isinstance(value, tuple) else () if isinstance(value, str | None) else (value,)
-        sound = all(type(n) in (int, float) and abs(n) < 2**63 for n in numbers)
-        kind = kind | int if isinstance(0.5, kind) else kind
-        rule = f"{name} must be {getattr(kind, '__name__', kind)}"
-        _require(sound and isinstance(value, kind), rule, repr(value))
-        low, high = BOUNDS.get(name, (None, None))
-        inside = low is None or value is None or low <= value <= high
-        _require(inside, f"{name} must lie in [{low}, {high}]", value)
 
     def vanilla(self):
         """The plain BatchTopK twin: one prefix, of all latents; everything else equal."""
         return dataclasses.replace(self, prefixes=(self.n_latents,), n_prefixes=None, level_weights=None)
 
-    def levels(self):
+    def prefix_lengths(self):
         """Prefix lengths of the finished SAE: those of training, the default ones where they are sampled."""
         return prefix_lengths(self.n_latents, self.prefixes)
 
     def weights(self):
         """Level weights ``w_p``, which sum to 1."""
-        given = self.level_weights or (1,) * (self.n_prefixes or len(self.levels()))
+        given = self.level_weights or (1,) * (self.n_prefixes or len(self.prefix_lengths()))
         return [w / (sum(given) or 1) for w in given]
 
     def lr_at(self, step):
@@ -305,10 +269,12 @@ class TrainConfig:
         return self.k if done == 1 else self.k_start + (self.k - self.k_start) * done
 
     def latents_at(self, step):
-        """Number of latents at step number ``step``, spare ones included."""
+        """Number of latents at step number ``step``, with the spare ones, which go up to 64 at a time."""
         first, last = (fraction * self.steps for fraction in self.prune_window)
         spare = (self.n_latents_start or self.n_latents) - self.n_latents
-        return self.n_latents + math.ceil(spare * min(max((last - step) / (last - first), 0.0), 1.0))
+        group = max(1, min(64, spare // 10))
+        left = math.ceil(spare / group * min(max((last - step) / (last - first), 0.0), 1.0))
+        return self.n_latents + min(spare, left * group)
 
 
 def default_lr(n_latents):
@@ -316,20 +282,18 @@ def default_lr(n_latents):
     return min(0.01, 0.24 / math.sqrt(n_latents))
 
 
-# --------------------------------------------------------------------------------------------- 4. the trainer
+# ------------------------------------------- 4. the trainer
 # One SAE in training: a step, and what is kept between steps.
 # Uses sections 1 to 3, and of section 5 ``fast_step``, which does what ``literal_step`` does.
 
 
 class Trainer:
     """One SAE in training: ``step(x)`` is an optimizer step on raw rows (B, D), ``export()`` the SAE to keep.
-
     ``trainer.sae`` sees ``x / scale`` and starts with ``b_dec = mean / scale``, so a common mean, however
     large, neither silences latents nor shrinks what is to be learned. The smallest entry that a batch keeps
-    is its ``cut``; ``sae.threshold``, by which rows are encoded alone, is the moving average of the cuts.
-    """
+    is its ``cut``; ``sae.threshold``, by which rows are encoded alone, is the moving average of the cuts."""
 
-    def __init__(self, cfg, d_model, device="cpu", mean=None, scale=1.0):
+    def __init__(self, cfg, d_model, device="cpu", mean=0.0, scale=1.0):
         self.cfg, self.scale, self.device = cfg, float(scale), torch.device(device)
         self.dtype = cfg.dtype or ("bfloat16" if self.device.type == "cuda" else "float32")
         kind, low = self.device.type, self.dtype != "float32"
@@ -337,15 +301,12 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(kind, enabled=self.dtype == "float16")
         generator = torch.Generator().manual_seed(cfg.seed)
         self.sae = MatryoshkaSAE(d_model, cfg.latents_at(0), None, generator).to(self.device)
-        if mean is not None:
-            self.sae.b_dec.data.copy_(mean / self.scale)
+        self.sae.b_dec.data += torch.as_tensor(mean / self.scale, device=self.device)
         eps = 1.5e-5 * cfg.k / cfg.n_latents  # near a rare latent's gradient: below it Adam takes full steps
-        betas = tuple(map(float, cfg.betas))
-        fused = kind in ("cpu", "cuda")
+        betas, fused = tuple(map(float, cfg.betas)), kind in ("cpu", "cuda")
         self.optimizer = torch.optim.Adam(self.sae.parameters(), 0.0, betas, eps, fused=fused)
         self.fast = kind == "cpu" and not low and torch.backends.mkl.is_available()
         self.buffer = None  # of the fast step, kept as fresh memory is slow
-        self.world = rank_and_world()[1]
         self.stop = False   # a wish to end the run; after a step of several processes, whether any has it
         self.steps_done = 0
         self.rows_silent = torch.zeros_like(self.sae.b_enc.data, dtype=torch.long)  # since each latent fired
@@ -359,18 +320,20 @@ class Trainer:
         loss = self.observe(values, index, loss + self.revive(x, values, index), len(x))
         self.optimize()
         self.steps_done += 1
-        self.prune(self.cfg.latents_at(self.steps_done))
+        n, by_energy = self.cfg.latents_at(self.steps_done), self.cfg.order == "energy"
+        if n < len(self.energy) or by_energy and self.steps_done % 5 == 0:
+            self.rearrange(n)
         return loss
 
     def literal_step(self, x):
         """Gradients of the nested loss by autograd: (entries kept (n,), their row-major positions, loss)."""
-        sae, order = self.sae, self.prefix_order()
+        sae = self.sae
         self.optimizer.zero_grad()
         with self.autocast:
             pre = sae.pre_acts(x)
             values, index = batch_topk(pre, self.n_kept(len(x)))
-            acts = torch.zeros_like(pre).flatten().scatter(0, index, values).view_as(pre)[:, order]
-            loss = nested_loss(x, acts, sae.W_dec[order], sae.b_dec, self.step_prefixes(), self.cfg.weights())
+            acts = torch.zeros_like(pre).flatten().scatter(0, index, values).view_as(pre)
+            loss = nested_loss(x, acts, sae.W_dec, sae.b_dec, self.step_prefixes(), self.cfg.weights())
         self.scaler.scale(loss).backward()
         return values.detach(), index, loss.detach()
 
@@ -387,44 +350,36 @@ class Trainer:
         return loss.detach()
 
     def n_kept(self, rows):
-        """How many entries this step keeps of so many rows."""
         return max(1, round(self.cfg.k_at(self.steps_done) * rows))
 
     def step_prefixes(self):
         """This step's prefix lengths, fixed or freshly drawn. The last takes in the spare latents."""
-        cfg, levels = self.cfg, self.cfg.levels()
+        cfg, lengths = self.cfg, self.cfg.prefix_lengths()
         if cfg.n_prefixes is not None:  # by the step's number, so that a resumed run draws the same
             seed = np.random.SeedSequence((cfg.seed, self.steps_done)).generate_state(1)[0]
             generator = torch.Generator().manual_seed(int(seed))
-            levels = sample_prefixes(cfg.n_latents, cfg.n_prefixes, cfg.pareto_power, generator)
-        return (*levels[:-1], len(self.energy))
-
-    def prefix_order(self):
-        """Index from prefix position to latent: by energy (F,), or all as stored."""
-        by_energy = self.cfg.order == "energy"
-        return self.energy.argsort(descending=True, stable=True) if by_energy else slice(None)
+            lengths = sample_prefixes(cfg.n_latents, cfg.n_prefixes, cfg.pareto_power, generator)
+        return (*lengths[:-1], len(self.energy))
 
     @torch.no_grad()
     def observe(self, values, index, loss, rows):
-        """Update cut, threshold, silent rows and energy by the entries kept of so many rows.
-
-        Threshold and energy are means over about 100 and 20 steps: L0 is to be steady, the order fresh.
-        Processes average all that, and the gradients, before anything changes.
-        """
-        per_latent = torch.zeros(2, len(self.energy), device=self.device)  # share of active rows, mean square
+        """Update cut, threshold, silent rows and energy by the entries kept; return the loss.
+        Processes average all that, and the gradients, first. Threshold and energy are means over about 100
+        and 20 steps: L0 is to be steady, the order fresh."""
+        F, world = len(self.energy), rank_and_world()[1]
+        per_latent = torch.zeros(2, F, device=self.device)  # share of active rows, mean square
         entries = torch.stack([(values > 0).float(), values.square()])
-        per_latent.index_add_(1, index % len(self.energy), entries).div_(rows)
-        few_positive = len(values) < self.n_kept(rows)
-        cut = torch.zeros_like(loss) if few_positive else values.min()
+        per_latent.index_add_(1, index % F, entries).div_(rows)
+        cut = values.min() if len(values) == self.n_kept(rows) else torch.zeros_like(loss)  # few are positive
         seen = torch.cat([per_latent.flatten(), torch.stack([cut, loss, torch.full_like(loss, self.stop)])])
-        if self.world > 1:
+        if world > 1:
             for tensor in (seen, *(parameter.grad for parameter in self.sae.parameters())):
                 distributed.all_reduce(tensor)
-                tensor /= self.world
+                tensor /= world
             self.stop = bool(seen[-1] > 0)
         first, (active, energy), self.cut = self.steps_done == 0, seen[:-3].view(2, -1), seen[-3]
         self.sae.threshold.lerp_(self.cut, 1.0 if first else 0.01)
-        self.rows_silent.add_(rows * self.world).masked_fill_(active > 0, 0)
+        self.rows_silent.add_(rows * world).masked_fill_(active > 0, 0)
         self.energy.lerp_(energy, 1.0 if first else 0.05)
         return seen[-2]
 
@@ -445,17 +400,13 @@ class Trainer:
         W_dec /= W_dec.norm(dim=1, keepdim=True)
 
     @torch.no_grad()
-    def prune(self, n):
-        """Keep the ``n`` most energetic latents, with their optimizer state.
-
-        With just as many latents as features, one may settle on a job of little worth while a feature has
-        none, as in k-means. Starting with too many and dropping the least energetic leaves each its own.
-        """
-        if n == len(self.energy):
-            return
-        keep, sae = self.energy.topk(n).indices.sort().values, self.sae
+    def rearrange(self, n):
+        """Keep the ``n`` most energetic latents, with their optimizer state, in the order of the config.
+        Without spare ones, one may settle on a job of little worth while a feature has none: see k-means."""
+        keep, sae = self.energy.argsort(descending=True, stable=True)[:n], self.sae
+        keep = keep.sort().values if self.cfg.order == "stored" else keep
         self.rows_silent, self.energy = self.rows_silent[keep], self.energy[keep]
-        sae.threshold = sae.threshold[keep]
+        sae.threshold = sae.threshold[:n]
         for parameter, dim in ((sae.W_enc, 1), (sae.b_enc, 0), (sae.W_dec, 0)):
             moments, parameter.grad = self.optimizer.state[parameter], None
             parameter.data = parameter.data.index_select(dim, keep)
@@ -474,27 +425,25 @@ class Trainer:
     @torch.no_grad()
     def export(self):
         """A copy for raw rows: scale folded in, latents in prefix order, spare ones left out."""
-        keep = self.energy.argsort(descending=True, stable=True)[: self.cfg.n_latents]
-        keep = keep.sort().values if self.cfg.order == "stored" else keep
+        keep = self.energy.topk(self.cfg.n_latents).indices.sort().values
         W_enc, b_enc, W_dec, b_dec = self.sae.parameters()
-        sae = MatryoshkaSAE(len(b_dec), len(keep), self.cfg.levels(), torch.Generator()).to(self.device)
+        sae = MatryoshkaSAE(len(b_dec), len(keep), self.cfg.prefix_lengths(), torch.Generator())
         sae.load_state_dict({"W_enc": W_enc[:, keep], "b_enc": b_enc[keep] * self.scale, "W_dec": W_dec[keep],
                              "b_dec": b_dec * self.scale, "threshold": self.sae.threshold[keep] * self.scale})
         sae.metadata = {"k": self.cfg.k, "training": dataclasses.asdict(self.cfg)}
         sound = sae.W_dec.any(dim=1).all() and all(tensor.isfinite().all() for tensor in sae.parameters())
         _require(sound, f"training diverged by step {self.steps_done}, try a lower lr: weights", "NaN or 0")
-        return sae
+        return sae.to(self.device)
 
     def state_dict(self):
         """All that the next steps depend on beside the config and the rows."""
-        names = ("steps_done", "scale", "rows_silent", "energy", "cut")
-        values = {name: getattr(self, name) for name in names}
+        values = {name: getattr(self, name) for name in ("steps_done", "rows_silent", "energy", "cut")}
         return values | {name: getattr(self, name).state_dict() for name in ("sae", "optimizer", "scaler")}
 
     def load_state_dict(self, state):
-        """Go on from ``state``, of a trainer with the same config: bit for bit on the CPU."""
-        self.steps_done, self.scale = state["steps_done"], state["scale"]
-        self.prune(self.cfg.latents_at(self.steps_done))
+        """Go on from ``state``, of a trainer with the same config and rows: bit for bit on the CPU."""
+        self.steps_done = state["steps_done"]
+        self.rearrange(len(state["energy"]))
         for name in ("sae", "optimizer", "scaler"):
             getattr(self, name).load_state_dict(state[name])
         for name in ("rows_silent", "energy", "cut"):
@@ -505,7 +454,7 @@ class Trainer:
 def calibrate(sae, rows, k, batch_size=2048):
     """Set the threshold to a mean L0 of ``k`` on raw ``rows`` (n, D), or to 0 where fewer are positive."""
     n = round(k * len(rows))
-    for floor in (0.5 * float(sae.threshold.max()), 0.0):
+    for floor in (0.5 * float(sae.threshold.max()), 0.0):  # half of the old one: memory for few above it
         pre = (sae.pre_acts(x.to(sae.b_dec.device)) for x in rows.split(batch_size))
         above = torch.cat([part[part > floor] for part in pre])
         if len(above) > n:
@@ -514,7 +463,7 @@ def calibrate(sae, rows, k, batch_size=2048):
     sae.threshold.zero_()
 
 
-# ------------------------------------------------------------------------------------- 5. the same step, fast
+# ----------------------------------- 5. the same step, fast
 # Of B x F entries about k / F survive, so each product but the encoder's becomes a sum over the survivors: 99
 # against 415 ms at F 3072, D 768, B 2048 on 2 cores; 2.9 against 3.8 on the toy. Uses torch and numpy alone.
 
@@ -528,13 +477,8 @@ def fast_step(trainer, x):
     x, shape = x - sae.b_dec, (len(x), len(prefixes), x.shape[1])
     # the cut seldom falls by a tenth from one step to the next; where it does, the search starts again lower
     values, index = sparse_topk(x, sae.W_enc, sae.b_enc, trainer.n_kept(len(x)), 0.9 * float(trainer.cut))
-    place = index
-    if trainer.cfg.order == "energy":  # within each row by prefix position
-        position = trainer.prefix_order().argsort()
-        place, by_place = (index - index % F + position[index % F]).sort()
-        values, index = values[by_place], index[by_place]
     block_ends = (torch.arange(0, len(x) * F, F)[:, None] + torch.tensor(prefixes)).flatten()
-    starts = nn.functional.pad(torch.searchsorted(place, block_ends), (1, 0))
+    starts = nn.functional.pad(torch.searchsorted(index, block_ends), (1, 0))
     if trainer.buffer is None or trainer.buffer.shape != shape:
         trainer.buffer = x.new_empty(shape)
     latent, weights = index % F, trainer.cfg.weights()
@@ -544,11 +488,8 @@ def fast_step(trainer, x):
 
 
 def sparse_topk(x, W_enc, b_enc, n, floor=0.0):
-    """``batch_topk`` of ``relu(x @ W_enc + b_enc)``, without entries of 0, that never holds all of it.
-
-    Exact for every ``floor``: it searches above that first, and lower where fewer than ``n`` lie there.
-    """
-    if floor <= 0:
+    """``batch_topk`` of ``relu(x @ W_enc + b_enc)`` without zeros, exact: it looks above ``floor`` first."""
+    if floor <= 0:  # then a little below the cut of a sample
         sample_pre = torch.addmm(b_enc, x[:: max(1, len(x) // 64)], W_enc).flatten()
         share = n / len(x) / W_enc.shape[1]
         floor = max(0.0, 0.7 * float(sample_pre.topk(max(1, round(share * len(sample_pre)))).values[-1]))
@@ -564,9 +505,7 @@ def sparse_topk(x, W_enc, b_enc, n, floor=0.0):
 
 def entries_above(floor, x, W_enc, b_enc):
     """Values and increasing row-major positions of the entries of ``x @ W_enc + b_enc`` above ``floor``.
-
-    The one dense B x D x F product of a step, a few latents at a time: their block is searched in the cache.
-    """
+    The one dense product of a step, a few latents at a time: their block is searched in the cache."""
     (B, _), F, parts = x.shape, len(b_enc), []
     width = max(1, 4 * CACHED // B)  # 4: each number is read once only
     for start in range(0, F, width):
@@ -587,24 +526,21 @@ def stable_order(keys, end):
 
 def sparse_loss(x, values, latent, starts, W_dec, weights, G):
     """``nested_loss`` of sparse codes, gradients in closed form: (loss, d_values (n,)), ``G`` (B, P, D).
-
     ``x`` is without ``b_dec``. In row ``b`` the block of latents that ends with prefix ``p`` has the
     ``values`` of the ``latent`` from ``starts[b P + p]`` to the next start, which decode to ``R_p``; ``R_1``
     takes ``-x`` in. So the residual of prefix ``p`` is ``sum_{i <= p} R_i``, and the loss a quadratic form:
 
         L = 1/2 sum_b sum_ij K_ij <R_i, R_j>,  K_ij = 2/B sum_{p >= max(i, j)} w_p
 
-    Hence ``dL/dR = G = K R`` and ``d_values = <G_j, W_dec>``.
-    """
+    Hence ``dL/dR = G = K R`` and ``d_values = <G_j, W_dec>``."""
     (B, D), P = x.shape, len(weights)
     weight_from = torch.tensor([2 / B * sum(weights[p:]) for p in range(P)])
     K = torch.minimum(weight_from, weight_from[:, None])
     size = max(1, CACHED // (P * D))
-    for start in range(0, B, size):
-        end = min(start + size, B)
-        R = weighted_row_sums(values, latent, starts[start * P:end * P + 1], W_dec).view(-1, P, D)
-        R[:, 0] -= x[start:end]
-        torch.matmul(K, R, out=G[start:end])
+    for x_part, G_part, part in zip(x.split(size), G.split(size), range(0, B * P, size * P)):
+        R = weighted_row_sums(values, latent, starts[part:part + size * P + 1], W_dec).view(-1, P, D)
+        R[:, 0] -= x_part
+        torch.matmul(K, R, out=G_part)
     with warnings.catch_warnings():  # torch calls its CSR support beta, once per process
         warnings.simplefilter("ignore")
         zeros, shape = torch.zeros_like(values), (B * P, len(W_dec))
@@ -622,10 +558,8 @@ def weighted_row_sums(values, index, starts, rows):
 
 def write_gradients(sae, x, values, d_values, latent, starts, G):
     """All gradients, into the parameters' ``grad``, whose memory is kept: sums over the active entries.
-
     ``dW_dec = A_j.T @ G_j`` for the latents of block ``j``, ``dW_enc = x.T @ dA``, ``db_enc`` the column sums
-    of ``dA``, ``db_dec = sum_B G_1 - W_enc @ db_enc``.
-    """
+    of ``dA``, ``db_dec = sum_B G_1 - W_enc @ db_enc``."""
     (B, P, D), F = G.shape, len(sae.W_dec)
     for parameter in sae.parameters():
         if parameter.grad is None:
@@ -636,46 +570,36 @@ def write_gradients(sae, x, values, d_values, latent, starts, G):
     starts = nn.functional.pad(torch.bincount(latent, minlength=F).cumsum(0), (1, 0))
     size = max(1, CACHED // D)
     for start in range(0, F, size):
-        end = min(start + size, F)
-        part = starts[start:end + 1]
-        sae.W_dec.grad[start:end] = weighted_row_sums(values, row_block, part, G.flatten(0, 1))
-        sae.W_enc.grad[:, start:end] = weighted_row_sums(by_latent, row, part, x).T
+        part = starts[start:start + size + 1]
+        sae.W_dec.grad[start:start + size] = weighted_row_sums(values, row_block, part, G.flatten(0, 1))
+        sae.W_enc.grad[:, start:start + size] = weighted_row_sums(by_latent, row, part, x).T
     sae.b_enc.grad.zero_().index_add_(0, latent, d_values)
     torch.sub(G[:, 0].sum(dim=0), sae.W_enc @ sae.b_enc.grad, out=sae.b_dec.grad)
 
 
-# ---------------------------------------------------------------------------------------------------- 6. runs
+# -------------------------------------------------- 6. runs
 # The loop around the trainer: checkpoints, signals, several processes. A cut run goes on where it was.
 # Uses sections 1 to 4 and the files of 7.
 
 STATE, METRICS = "training_state.pt", "metrics.jsonl"
-ASIDE = 16_384  # rows, at most, that give mean and scale, and others that give the final threshold
 
 
-def train(acts, cfg, *, device="cpu", out=None, resume=False, save_minutes=10.0, on_log=None, log_every=50,
-          metadata=None):
-    """Train on ``acts``, what ``Rows`` takes or a reader like ``FeatureTree``: the SAE for raw activations.
-
+def train(acts, cfg, *, device="cpu", out=None, resume=False, save_minutes=10.0, on_log=lambda figures: None,
+          log_every=50, metadata=None):
+    """Train on ``acts``, which ``Rows`` takes; return the SAE for raw activations.
     ``out``: a new or empty folder for metrics and checkpoint, written at the start, every ``save_minutes``
-    and however the loop ends; ``resume`` goes on from there. SIGINT, SIGTERM and SIGHUP act after the current
-    step. ``on_log`` gets {"step", "loss", "fvu", "l0", "dead", "threshold", "rows_per_second"} every
-    ``log_every`` steps. ``metadata``: what the checkpoint is to say of the rows. Under torch.distributed each
-    process takes its share of every batch. ``ValueError`` for bad rows, or settings or rows other than those
-    resumed; ``OSError`` for an ``out`` in use.
-    """
+    and however the loop ends; ``resume`` goes on from there. SIGINT, SIGTERM and SIGHUP act after a step.
+    ``on_log`` gets {"step", "loss", "fvu", "l0", "dead", "threshold", "rows_per_second"}. ``metadata``: what
+    the checkpoint is to say of the rows. Under torch.distributed each process takes its share of a batch.
+    ``ValueError`` for bad rows, or settings or rows other than those resumed; ``OSError`` for ``out``."""
     _require(not resume or out is not None, "resume needs out, the folder to go on in", out)
-    device, (rank, world) = check_device(device), rank_and_world()
-    # rows aside for the threshold: calibrated on rows trained on, it lets too few entries pass on others
-    data, aside = (acts if hasattr(acts, "batches") else Rows(acts)).split_off(0.05, cfg.seed)
-    sample, aside = data.sample(ASIDE, cfg.seed), aside.sample(ASIDE, cfg.seed)
-    trainer = Trainer(cfg, data.d_model, device, *mean_and_scale(sample))
-    fingerprint = {**dataclasses.asdict(cfg), "rows": getattr(data, "n", None), "processes": world,
-                   "checksum of a sample of the rows": hashlib.sha256(sample.numpy()).hexdigest()[:16]}
+    trainer, data, aside, fingerprint = prepare(acts, cfg, device)
     if resume:
-        trainer.load_state_dict(read_state(Path(out), fingerprint))
-    batches = training_batches(data, trainer)
-    folder = None if out is None or rank > 0 else Path(out) if resume else new_folder(out)
-    started, first = time.monotonic(), trainer.steps_done
+        read_state(Path(out), fingerprint, trainer)
+    rank, world = rank_and_world()
+    folder = None if out is None or rank > 0 else Path(out)
+    batches = data.batches(cfg.batch_size // world, cfg.seed, trainer.steps_done, rank, world)
+    started, first_step = time.monotonic(), trainer.steps_done
 
     def checkpoint():
         sae = trainer.export()
@@ -689,24 +613,28 @@ def train(acts, cfg, *, device="cpu", out=None, resume=False, save_minutes=10.0,
 
     with deferred_signals() as received:
         if folder and not resume:
+            folder.mkdir(parents=True, exist_ok=True)
+            for file in folder.iterdir():
+                raise FileExistsError(f"{folder} holds {file.name}: choose a new or an empty output folder")
+            (folder / METRICS).touch()
             checkpoint()
         try:
             saved = time.monotonic()
-            for x in batches:
-                trainer.stop = bool(received)
+            while trainer.steps_done < cfg.steps and not trainer.stop:
+                x, trainer.stop = next(batches), bool(received)
                 loss = trainer.step(x)
                 if trainer.steps_done % log_every == 0 or trainer.steps_done == cfg.steps:
-                    rate = (trainer.steps_done - first) * cfg.batch_size / (time.monotonic() - started)
                     figures = {"step": trainer.steps_done, "loss": float(loss), **trainer.measure(x[:512])}
-                    log_figures(folder, on_log, {**figures, "rows_per_second": round(rate)})
-                if trainer.stop:
-                    break
+                    rows = (trainer.steps_done - first_step) * cfg.batch_size
+                    figures["rows_per_second"] = round(rows / (time.monotonic() - started))
+                    if folder:
+                        with open(folder / METRICS, "a") as file:
+                            file.write(json.dumps(figures) + "\n")
+                    on_log(figures)
                 if folder and time.monotonic() - saved > 60 * save_minutes:
                     checkpoint()
                     saved = time.monotonic()
-            ended = trainer.stop or trainer.steps_done == cfg.steps
-            _require(ended, f"batches must last for {cfg.steps} steps, they ended after", trainer.steps_done)
-        except Exception:  # a row that cannot be used, a callback, a lost process: the steps so far stand
+        except Exception:  # a row that cannot be used, a callback, a lost process: the steps done stand
             checkpoint()
             raise
         if trainer.stop and not received:
@@ -714,95 +642,58 @@ def train(acts, cfg, *, device="cpu", out=None, resume=False, save_minutes=10.0,
         return checkpoint()
 
 
-def log_figures(folder, on_log, figures):
-    if folder:
-        with open(folder / METRICS, "a") as file:
-            file.write(json.dumps(figures) + "\n")
-    if on_log:
-        on_log(figures)
-
-
-def mean_and_scale(sample):
-    """Mean (D,) and root mean squared distance from it; ``ValueError`` where float32 would lose that."""
+def prepare(acts, cfg, device):
+    """(new trainer, rows to train on, rows for the final threshold, what marks such a run)."""
+    data, aside = Rows(acts).split_off(0.05, cfg.seed)  # trained on, they would let too few entries pass
+    n, world, sample = len(data), rank_and_world()[1], data.split_off(1.0, cfg.seed)[1].read()
+    _require(cfg.batch_size % world == 0, f"batch_size must be a multiple of {world}", cfg.batch_size)
+    fits = n >= cfg.batch_size and len(data.blocks) >= world
+    _require(fits, f"batch_size must be at most the number of training rows {n}", cfg.batch_size)
     mean = sample.mean(dim=0, dtype=torch.float64)
     scale = float((sample - mean).norm()) / len(sample) ** 0.5
     _require(max(1e-18, 1e-6 * float(mean.norm())) < scale < 1e18, "the rows must not be all zero, equal to "
              "a millionth, or beyond 1e18; their root mean squared distance from their mean", scale)
-    return mean, scale
-
-
-def training_batches(data, trainer):
-    """The batches of the steps to come; ``ValueError`` where processes or rows cannot fill them."""
-    cfg, (rank, world) = trainer.cfg, rank_and_world()
-    _require(cfg.batch_size % world == 0, f"batch_size must be a multiple of {world}", cfg.batch_size)
-    batches = data.batches(cfg.batch_size // world, cfg.seed, trainer.steps_done, rank, world)
-    batches = itertools.islice(batches, cfg.steps - trainer.steps_done)
-    if not isinstance(data, Rows):  # a thread would take a third longer over the toy's small steps
-        return batches
-    _require(len(data) >= cfg.batch_size and len(data.blocks) >= world,
-             f"batch_size must be at most the number of training rows {len(data)}", cfg.batch_size)
-    return prefetch(batches, pin=trainer.device.type == "cuda")
+    fingerprint = {**dataclasses.asdict(cfg), "rows": n, "processes": world,
+                   "checksum of a sample of the rows": hashlib.sha256(sample.numpy()).hexdigest()[:16]}
+    return Trainer(cfg, data.d_model, device, mean, scale), data, aside.read(), fingerprint
 
 
 def write_state(folder, fingerprint, trainer):
-    """What ``read_state`` reads, with the length of the metrics so far."""
-    log_bytes = (folder / METRICS).stat().st_size if (folder / METRICS).exists() else 0
-    state = {"fingerprint": fingerprint, "log_bytes": log_bytes, "trainer": trainer.state_dict()}
+    log_bytes = (folder / METRICS).stat().st_size
     with atomic(folder / STATE) as temporary:
-        try:
-            torch.save(state, temporary)
-        except RuntimeError as error:  # torch's word for a full disk
-            raise OSError(one_line(error)) from None
+        state = {"fingerprint": fingerprint, "log_bytes": log_bytes, "trainer": trainer.state_dict()}
+        torch.save(state, temporary)
 
 
-def read_state(folder, fingerprint):
-    """The trainer's state; ``ValueError`` names what of settings and rows differs. Cuts off later metrics."""
-    path, metrics = folder / STATE, folder / METRICS
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} holds no {STATE}, there is nothing to resume")
-    with reading(path, "a training state"):
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        started, log_bytes, trainer_state = state["fingerprint"], state["log_bytes"], state["trainer"]
-    for name, value in fingerprint.items():
-        was = started.get(name)
-        _require(was == value, f"{name} must be as in the run to resume, {was}", value)
-    if metrics.exists() and metrics.stat().st_size > log_bytes:
-        os.truncate(metrics, log_bytes)
-    return trainer_state
-
-
-def new_folder(path):
-    """Make the folder ``path``; ``OSError`` if it holds anything but files cut while they were written."""
-    folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    held = sorted(file.name for file in folder.iterdir() if not file.name.endswith(".tmp"))
-    if held:
-        raise FileExistsError(f"{folder} is not empty, it holds {held[0]}: choose another output folder")
-    return folder
+def read_state(folder, fingerprint, trainer):
+    """Put trainer and metrics where they were; ``ValueError`` names what of settings or rows differs."""
+    with reading(folder / STATE, "the state of such a run"):
+        state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
+        for name, value in fingerprint.items():
+            was = state["fingerprint"].get(name)
+            _require(was == value, f"{name} must be as in the run to resume, {was}", value)
+        trainer.load_state_dict(state["trainer"])
+        os.truncate(folder / METRICS, state["log_bytes"])
 
 
 @contextlib.contextmanager
 def deferred_signals():
-    """Collect SIGINT, SIGTERM, SIGHUP in the list this yields; raise the first at the end.
-
-    Those that are ignored stay so; a second Ctrl-C acts at once.
-    """
-    received, old = [], {}
+    """Collect SIGINT, SIGTERM, SIGHUP, if not ignored; raise the first at the end. A second acts at once."""
+    received, before = [], {}
 
     def note(number, frame):
-        if number == signal.SIGINT and number in received:
-            raise KeyboardInterrupt
         received.append(number)
+        signal.signal(number, before[number])
 
-    in_main = threading.current_thread() is threading.main_thread()  # others cannot set handlers
-    for name in ("SIGINT", "SIGTERM", "SIGHUP") if in_main else ():
-        number = getattr(signal, name, signal.SIGTERM)  # Windows has no SIGHUP
-        if signal.getsignal(number) not in (signal.SIG_IGN, note):
-            old[number] = signal.signal(number, note) or signal.SIG_DFL
+    with contextlib.suppress(ValueError):  # only the main thread can set handlers
+        for name in {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal)):  # Windows has no SIGHUP
+            number = getattr(signal, name)
+            if signal.getsignal(number) != signal.SIG_IGN:
+                before[number] = signal.signal(number, note) or signal.SIG_DFL
     try:
         yield received
     finally:
-        for number, handler in old.items():
+        for number, handler in before.items():
             signal.signal(number, handler)
     if received:
         signal.raise_signal(received[0])
@@ -814,156 +705,116 @@ def rank_and_world():
     return (distributed.get_rank(), distributed.get_world_size()) if on else (0, 1)
 
 
-def check_device(device):
-    """``torch.device`` of that name; ``ValueError`` if this machine or this build of torch lacks it."""
-    try:
-        torch.ones(1, device=device).item()
-    except (RuntimeError, AssertionError, ImportError) as error:
-        raise ValueError(f"device {device!r:.100} is not available here: {one_line(error)}") from None
-    return torch.device(device)
-
-
-# --------------------------------------------------------------------------------------------------- 7. files
+# ------------------------------------------------- 7. files
 # Activation rows of any number, read in random order; files written whole; what the Hub has.
 # Uses numpy, torch and, to download, huggingface_hub.
 
 BLOCK = 256         # consecutive rows, at most, that are read, and set aside, together
-POOL_BYTES = 2**28  # of float32 rows in memory, whose order is mixed
+ASIDE = 16_384      # rows, at most, that are set aside
+POOL_BYTES = 2**28  # of float32 rows, whose order is mixed; two such pools are in memory
 
 
 class Rows:
     """Activation rows (n, D), as float32: an array, a tensor, a ``.npy`` file or a folder of them by name.
-
     float16, float32 or float64, (rows, D) or (docs, positions, D). Files are read block by block, so memory
-    does not grow with them. ``ValueError`` for anything else, and for a row that is read and not finite.
-    """
+    does not grow with them. ``ValueError`` for anything else, and for a row that is read and not finite."""
 
     def __init__(self, source):
-        paths = [source] if isinstance(source, (str, os.PathLike)) else []
-        if paths and os.path.isdir(source):
-            paths = sorted(Path(source).glob("*.npy"))
-            _require(paths, f"{source} must be a .npy file or a folder of them", "a folder without any")
-        parts = [as_rows(array) for array in (map(read_npy, paths) if paths else [source])]
-        total, self.d_model = sum(map(len, parts)), parts[0].shape[1]
+        if isinstance(source, Rows):
+            vars(self).update(vars(source))
+            return
+        is_folder = isinstance(source, (str, os.PathLike)) and os.path.isdir(source)
+        files = sorted(Path(source).glob("*.npy")) if is_folder else [source]
+        _require(files, f"{source} must be a .npy file or a folder of them", "a folder without any")
+        parts = [as_rows(file) for file in files]
+        D = parts[0].shape[1]
         for part in parts:
-            width = part.shape[1]
-            _require(width == self.d_model, f"{name_of(part)} must be {self.d_model} wide", width)
-        self.block = min(BLOCK, -(-total // 64))
+            rule = f"{getattr(part, 'filename', source)} must be {D} wide"
+            _require(part.shape[1] == D, rule, part.shape[1])
+        self.d_model, self.block = D, min(BLOCK, -(-sum(map(len, parts)) // 64))
         self.blocks = [(part, start, min(start + self.block, len(part)))
                        for part in parts for start in range(0, len(part), self.block)]
 
     def __len__(self):
         return sum(stop - start for _, start, stop in self.blocks)
 
-    n = property(__len__)
-
     def keep(self, numbers):
         """The rows of the blocks with these numbers, in order."""
-        chosen = copy.copy(self)
+        chosen = Rows(self)
         chosen.blocks = [self.blocks[number] for number in sorted(numbers)]
         return chosen
 
     def split_off(self, fraction, seed):
-        """Set a random ``fraction`` of the blocks aside, at most 16,384 rows: (the others, those).
-
-        Whole blocks, as the neighbours of a row, of the same text, tell much of it.
-        """
-        order = np.random.default_rng(seed).permutation(len(self.blocks)).tolist()
+        """(The other rows, those set aside): random whole blocks, as neighbours of a row tell much of it."""
+        order = np.random.default_rng(seed).permutation(len(self.blocks))
         n = min(max(1, round(fraction * len(order))), ASIDE // self.block)
         return self.keep(order[n:]), self.keep(order[:n])
 
-    def sample(self, n, seed):
-        """At most ``n`` rows (n, D), up to 16,384, of blocks that depend on ``seed`` alone."""
-        return torch.from_numpy(self.split_off(1.0, seed)[1].read()[:n])
-
-    def read(self, memory=None):
-        """All rows as an array (n, D), at the start of ``memory`` if that is given."""
-        if memory is None:
-            memory = np.empty((len(self), self.d_model), np.float32)
-        rows, end = memory[: len(self)], 0
+    @np.errstate(over="ignore")  # of float64
+    def read(self):
+        """All rows as one tensor (n, D)."""
+        rows, end = np.empty((len(self), self.d_model), np.float32), 0
         for part, start, stop in self.blocks:
-            block, end = rows[end:end + stop - start], end + stop - start
-            block[:] = read_part(part, start, stop)
-            finite = np.isfinite(block).all(axis=1)
-            if not finite.all():
-                where = f"row {start + int(finite.argmin())}"
-                raise ValueError(f"{name_of(part)} has a NaN or infinite value (as float32) in {where}")
-        return rows
+            block, name = rows[end:end + stop - start], getattr(part, "filename", "the array")
+            if isinstance(part, np.memmap):  # plain reads: a map takes memory and dies with its file
+                offset = part.offset + start * part.strides[0]
+                numbers = np.fromfile(name, part.dtype, block.size, offset=offset)
+                _require(len(numbers) == block.size, f"{name} must not shrink while it is read, rows", stop)
+                block[:] = numbers.reshape(block.shape)
+            else:
+                block[:] = part[start:stop]
+            end, finite = end + len(block), np.isfinite(block).all(axis=1)
+            rule = f"{name} must be finite as float32, row {start + finite.argmin()}"
+            _require(finite.all(), rule, "NaN or infinity")
+        return torch.from_numpy(rows)
 
     def chunks(self, n=4096):
         """All rows once, in order, as tensors of about ``n`` rows."""
         numbers, per_chunk = range(len(self.blocks)), max(1, n // self.block)
-        for place in numbers[::per_chunk]:
-            yield torch.from_numpy(self.keep(numbers[place:place + per_chunk]).read())
+        return (self.keep(numbers[place:place + per_chunk]).read() for place in numbers[::per_chunk])
 
     def batches(self, batch_size, seed, start=0, rank=0, world=1):
         """Endless batches (batch_size, D) from number ``start`` on; each row once an epoch, in seeded order.
+        Blocks are permuted, and the rows of a pool of blocks again, so memory is bounded by two pools: a
+        background thread reads the next. Of ``world`` processes, ``rank`` reads every ``world``-th block."""
+        pools, batch = self._pools(seed, start * batch_size, rank, world), torch.empty(0, self.d_model)
+        with ThreadPoolExecutor(1) as thread:
+            ahead = thread.submit(next, pools)
+            while True:
+                (rows, order), ahead = ahead.result(), thread.submit(next, pools)
+                ends = range(batch_size - len(batch), len(order), batch_size)
+                for taken in order.tensor_split(tuple(ends)):
+                    batch = torch.cat([batch, rows[taken]]) if len(batch) else rows[taken]
+                    if len(batch) == batch_size:
+                        yield batch
+                        batch = batch[:0]
 
-        Blocks are permuted, and the rows of a pool of blocks again: memory is bounded by the pool. Of
-        ``world`` processes, ``rank`` reads every ``world``-th block.
-        """
+    def _pools(self, seed, skip, rank, world):
+        """Endless (rows, the order in which they are taken), but for the first ``skip`` rows."""
         per_pool = max(1, POOL_BYTES // (4 * self.block * self.d_model))
-        memory = np.empty((min(per_pool, len(self.blocks)) * self.block, self.d_model), np.float32)
-        batch, filled, skip = np.empty((batch_size, self.d_model), np.float32), 0, start * batch_size
         for epoch in itertools.count():
-            blocks = np.random.default_rng([seed, epoch]).permutation(len(self.blocks))[rank::world]
+            random = np.random.default_rng([seed, epoch])
+            blocks = random.permutation(len(self.blocks))[rank::world]
             for place in range(0, len(blocks), per_pool):
                 pool = self.keep(blocks[place:place + per_pool])
-                if skip >= len(pool):
-                    skip -= len(pool)
-                    continue
-                rows = pool.read(memory)
-                order, skip = np.random.default_rng([seed, epoch, place]).permutation(len(rows))[skip:], 0
-                while len(order):
-                    taken, order = np.split(order, [batch_size - filled])
-                    free = batch[filled:filled + len(taken)]
-                    np.take(rows, taken, axis=0, out=free, mode="clip")  # "raise" would copy once more
-                    filled += len(taken)
-                    if filled == batch_size:
-                        yield torch.from_numpy(batch)
-                        batch, filled = np.empty_like(batch), 0
+                order = torch.from_numpy(random.permutation(len(pool))[skip:])
+                skip = max(0, skip - len(pool))
+                if len(order):
+                    yield pool.read(), order
 
 
-def as_rows(array):
-    """An array, a tensor or the map of a file as rows (n, D), checked but for its values."""
-    name = name_of(array)
+def as_rows(source):
+    """An array, a tensor or a ``.npy`` file as rows (n, D), checked but for its values."""
+    array = read_npy(source) if isinstance(source, (str, os.PathLike)) else source
     if isinstance(array, torch.Tensor):
         array = (array.float() if array.dtype == torch.bfloat16 else array).detach().cpu().numpy()
-    kind = type(array).__name__
-    _require(isinstance(array, np.ndarray), f"{name} must be an array, a tensor or a path", kind)
+    _require(isinstance(array, np.ndarray), "rows must be an array, a tensor or a path", type(array).__name__)
     sound = array.dtype.kind == "f" and array.dtype.itemsize <= 8 and array.ndim in (2, 3) and array.size > 0
-    _require(sound and (array.flags.c_contiguous or array.ndim == 2),
-             f"{name} must hold float16, float32 or float64 in C order, of the shape (rows, D) or (docs, "
-             "positions, D), none of them 0", f"{array.dtype} {array.shape}")
+    name = getattr(array, "filename", "the array")
+    rule = f"{name} must hold floats of the shape (rows, D) or (docs, positions, D), none of them 0"
+    _require(sound, rule, f"{array.dtype} {array.shape}")
     whole_file = isinstance(array.base, mmap.mmap) and array.flags.c_contiguous
     return (array if whole_file else np.asarray(array)).reshape(-1, array.shape[-1])
-
-
-def read_part(rows, start, stop):
-    """``rows[start:stop]``, of a file by a plain read: a map takes memory and dies with its file."""
-    if not isinstance(rows, np.memmap):
-        return rows[start:stop]
-    count, offset = (stop - start) * rows.shape[1], start * rows.shape[1] * rows.itemsize
-    values = np.fromfile(rows.filename, rows.dtype, count, offset=rows.offset + offset)
-    _require(len(values) == count, f"{name_of(rows)} must not shrink while it is read, rows", stop)
-    return values.reshape(-1, rows.shape[1])
-
-
-def name_of(array):
-    return str(getattr(array, "filename", None) or "the array")
-
-
-def prefetch(batches, pin=False, depth=8):
-    """The same batches, made up to ``depth`` ahead by a background thread; with ``pin`` in pinned memory."""
-    def load():
-        batch = next(batches, None)
-        return batch.pin_memory() if pin and batch is not None else batch
-
-    with ThreadPoolExecutor(1) as thread:
-        ahead = collections.deque(thread.submit(load) for _ in range(depth))
-        while (batch := ahead.popleft().result()) is not None:
-            ahead.append(thread.submit(load))
-            yield batch
 
 
 def read_npy(path):
@@ -996,18 +847,18 @@ def atomic(path):
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
-        raise OSError(f"{path} could not be written: {error}") from None
+    except (OSError, RuntimeError) as error:  # the latter of torch.save on a full disk
+        raise OSError(f"{path} could not be written: {one_line(error)}") from None
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def write(path, content):
-    """Write bytes or text, and anything else as JSON; a reader sees the old file or the new one."""
-    if not isinstance(content, (bytes, str)):
-        content = json.dumps(content, indent=2) + "\n"
+    """Write bytes, or anything else as JSON; a reader sees the old file or the new one."""
+    if not isinstance(content, bytes):
+        content = json.dumps(content, indent=2).encode()
     with atomic(path) as temporary:
-        temporary.write_bytes(content if isinstance(content, bytes) else content.encode())
+        temporary.write_bytes(content)
 
 
 def download(repo, names, revision=None, repo_type="model"):
@@ -1019,21 +870,18 @@ def download(repo, names, revision=None, repo_type="model"):
         raise OSError(f"{repo} cannot be read from the Hub: {one_line(error)}") from None
 
 
-# ------------------------------------------------------------------------------------------------- 8. metrics
+# ----------------------------------------------- 8. metrics
 # Figures of a finished SAE: on rows, spliced into a language model, and against labels.
 # Uses the SAE, ``Rows`` and section 10's ``activation_hook``.
 
 
 @torch.no_grad()
-def evaluate(sae, rows, batch_size=4096, on_rows=None):
-    """Figures of ``sae`` over all ``rows`` (raw, anything ``Rows`` takes), in one pass.
-
+def evaluate(sae, rows, batch_size=4096, on_rows=lambda done: None):
+    """Figures of ``sae`` over all raw ``rows``, which ``Rows`` takes, in one pass.
     ``fvu = sum |x - recon|^2 / sum |x - mean|^2``, ``l0`` active latents per row, ``dead`` share of latents
     that never fire here, ``max_cosine`` mean over latents of the largest with another decoder row, all but
-    ``dead`` by prefix too; ``frequencies``: how many latents fire on a share in [edge, next).
-    """
-    rows = rows if isinstance(rows, Rows) else Rows(rows)
-    levels, device, n, done = sae.prefixes, sae.b_dec.device, len(rows), 0
+    ``dead`` by prefix too; ``frequencies``: how many latents fire on a share in [edge, next)."""
+    rows, levels, device, done = Rows(rows), sae.prefixes, sae.b_dec.device, 0
     sizes, error = np.diff(levels, prepend=0).tolist(), np.zeros(len(levels))
     fired = torch.zeros(len(sae.b_enc), dtype=torch.long, device=device)  # rows where each latent is on
     sums, squares = torch.zeros(rows.d_model, dtype=torch.float64), 0.0
@@ -1047,36 +895,31 @@ def evaluate(sae, rows, batch_size=4096, on_rows=None):
         offset = (x - sae.b_dec).cpu().double()  # near the mean, so that the variance does not cancel
         sums += offset.sum(dim=0)
         squares += float(offset.pow(2).sum())
-        if on_rows:
-            on_rows(done)
-    total, share = squares - float(sums.pow(2).sum()) / n, fired.cpu().double() / n
+        on_rows(done)
+    total, share = squares - float(sums.pow(2).sum()) / done, fired.cpu().double() / done
     prefixes = [{"latents": p, "fvu": e / total if total > 0 else math.nan, "l0": float(share[:p].sum()),
                  "max_cosine": max_cosine(sae.W_dec[:p])} for p, e in zip(levels, error.tolist())]
     counts, edges = np.histogram(share[share > 0].log10().numpy(), bins=16, range=(-8, 0))
-    return {"rows": n, **prefixes[-1], "dead": float((share == 0).double().mean()), "prefixes": prefixes,
+    return {"rows": done, **prefixes[-1], "dead": float((share == 0).double().mean()), "prefixes": prefixes,
             "frequencies": {"edges": (10.0**edges).tolist(), "counts": counts.tolist()}}
 
 
-@torch.no_grad()
 def max_cosine(W_dec, block=2048):
     """Mean over the rows of ``W_dec`` (F, D) of the largest cosine with any other row; 0 for a single row."""
-    rows, total = nn.functional.normalize(W_dec, dim=1), 0.0
-    for start in range(0, len(rows) if len(rows) > 1 else 0, block):
-        cosine = rows[start:start + block] @ rows.T
-        cosine.diagonal(start).fill_(-1.0)
-        total += float(cosine.amax(dim=1).sum())
-    return total / len(rows)
+    rows = nn.functional.normalize(W_dec, dim=1)
+    if len(rows) == 1:
+        return 0.0
+    nearest = [(part @ rows.T).topk(2, dim=1).values[:, 1] for part in rows.split(block)]  # after itself
+    return float(torch.cat(nearest).mean())
 
 
 @torch.no_grad()
 def loss_recovered(model, module, sae, batches, at="input", drop=()):
     """Cross-entropy, nats per token, of ``model`` with the stream at ``module`` left, zeroed, coded.
-
     ``batches`` of token ids (B, T); positions whose id is in ``drop`` keep their stream and are not
-    predicted. ``recovered = (zeroed - spliced) / (zeroed - clean)``, by prefix; None where those are equal.
-    """
+    predicted. By prefix ``recovered = (zeroed - spliced) / (zeroed - clean)``, None for 0 / 0."""
     device, n = next(model.parameters()).device, 0
-    through = [lambda x, p=p: sae.decode(sae.encode(x, p)) for p in sae.prefixes]
+    through = (lambda x, p=p: sae.decode(sae.encode(x, p)) for p in sae.prefixes)
     swaps = [lambda x: x, torch.zeros_like, *through]
     sums = np.zeros(len(swaps))
     for ids in batches:
@@ -1099,34 +942,45 @@ def loss_recovered(model, module, sae, batches, at="input", drop=()):
 
 @torch.no_grad()
 def probe(sae, x, y, seed=0, max_k=5, erased=(1, 2, 5)):
-    """How labels ``y`` (n, C), booleans, of rows ``x`` (n, D) are told by few latents; half is held out.
-
-    Accuracy and F1 of logistic regression on the raw rows, ``sparse_probing`` by prefix, ``erase`` by number
-    erased. On the CPU. ``ValueError`` where a label lacks rows with or without it.
-    """
+    """How few latents tell labels ``y`` (n, C), booleans, of rows ``x`` (n, D); half the rows are held out.
+    ``raw``: logistic regression on the rows. By prefix: ``probes``, the same on the k latents whose mean
+    differs most with the label (Gurnee et al. 2023, arXiv 2305.01610); ``absorption``, the share of the raw
+    probe's true positives on which the latent of largest difference is silent; ``splitting``, how many
+    latents raise F1 by more than 0.03 each (both after Chanin et al. 2024, arXiv 2409.14507, who demand that
+    an absorbing latent be found). ``ValueError`` where a label lacks rows with or without it."""
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
-    train, test = ((x[half].float(), y[half]) for half in (order[: len(x) // 2], order[len(x) // 2:]))
-    counts = [labels.sum(0) for _, y in (train, test) for labels in (y, ~y)]
-    rarest = torch.stack(counts).amin(dim=0)
-    _require((rarest > 0).all(), "each label needs rows with and without it in both halves; not so label",
-             int(rarest.argmin()))
-    w, b = logistic_regression(*train)
-    raw, y = probe_logits(test[0], w, b), train[1]
-    share = torch.where(y, 1 / y.sum(0), -1 / (~y).sum(0))
+    (x, y), (x_test, y_test) = ((x[half].float(), y[half]) for half in order.tensor_split(2))
+    rarest = torch.stack([labels.sum(0) for labels in (y, ~y, y_test, ~y_test)]).amin(dim=0)
+    _require((rarest > 0).all(), "both halves need rows with and without each label", int(rarest.argmin()))
+    w, b = logistic_regression(x, y)
+    raw = probe_logits(x_test, w, b)
+    positives, share = y_test.T & (raw > 0), torch.where(y, 1 / y.sum(0), -1 / (~y).sum(0))
     # (C, F): mean activation on the rows with a label, less that on those without
-    difference = sum(part.T @ sae.encode(rows) for rows, part in zip(train[0].split(2048), share.split(2048)))
-    scores = probe_scores(raw > 0, test[1])
-    return {"rows": len(x), "raw": {name: mean_known(scores[name]) for name in ("accuracy", "f1")},
-            "prefixes": [sparse_probing(sae, difference[:, :p], train, test, raw > 0, max_k)
-                         for p in sae.prefixes],
-            "erasure": [erase(sae, n, difference, test, w, raw) for n in erased if n <= len(sae.b_enc)]}
+    difference = sum(part.T @ sae.encode(rows) for rows, part in zip(x.split(2048), share.split(2048)))
+    prefixes = []
+    for p in sae.prefixes:
+        top = difference[:, :p].abs().topk(min(max_k, p), dim=1).indices
+        codes, codes_test, scores = codes_of(sae, x, top), codes_of(sae, x_test, top), []  # (C, n, max_k)
+        for k in range(1, top.shape[1] + 1):
+            logits = probe_logits(codes_test[:, :, :k], *logistic_regression(codes[:, :, :k], y))
+            scores.append(probe_scores(logits > 0, y_test))
+        gains = torch.stack([score["f1"] for score in scores]).diff(dim=0) > 0.03
+        main = codes_of(sae, x_test, difference[:, :p].argmax(dim=1, keepdim=True)).squeeze(2)
+        absorbed = (positives & (main == 0)).sum(1) / positives.sum(1)
+        probes = [{"k": k, "accuracy": mean_known(score["accuracy"]), "f1": mean_known(score["f1"])}
+                  for k, score in enumerate(scores, 1)]
+        prefixes.append({"latents": p, "probes": probes, "absorption": mean_known(absorbed),
+                         "absorption_by_label": [mean_known(rate) for rate in absorbed],
+                         "splitting": mean_known(1.0 + gains.cumprod(dim=0).sum(0))})
+    erasure = [erase(sae, n, difference, x_test, y_test, w, raw) for n in erased if n <= len(sae.b_enc)]
+    score = probe_scores(raw > 0, y_test)
+    return {"rows": len(order), "prefixes": prefixes, "erasure": erasure,
+            "raw": {"accuracy": mean_known(score["accuracy"]), "f1": mean_known(score["f1"])}}
 
 
 def logistic_regression(x, y, l2=1e-3, steps=100):
     """One probe per label: ``x`` (n, d), or (C, n, d) of its own, ``y`` (n, C) -> (w (C, d), b (C,)).
-
-    Mean cross-entropy of ``sigmoid(x @ w + b)`` plus ``l2 |w|^2`` on standardised inputs, by LBFGS.
-    """
+    Mean cross-entropy of ``sigmoid(x @ w + b)`` plus ``l2 |w|^2`` on standardised inputs, by LBFGS."""
     mean, std = x.mean(dim=-2, keepdim=True), x.std(dim=-2, keepdim=True).clamp_min(1e-12)
     x, target = (x - mean) / std, y.T.float()
     w, b = (torch.zeros(shape, requires_grad=True) for shape in ((len(target), x.shape[-1]), (len(target),)))
@@ -1169,73 +1023,41 @@ def mean_known(values):
     return None if math.isnan(mean) else mean
 
 
-def sparse_probing(sae, difference, train, test, seen, max_k):
-    """Figures of the first latents, as many as ``difference`` (C, p) has columns.
-
-    ``probes``: logistic regression on the k latents of largest |difference| (Gurnee et al. 2023, arXiv
-    2305.01610). ``absorption``: share of the positives ``seen`` (C, n) by the raw probe on which the latent
-    of largest difference is silent. ``splitting``: how many latents raise F1 by more than 0.03 each. Both
-    after Chanin et al. 2024, arXiv 2409.14507, who find the main latents by probe weights and demand that an
-    absorbing latent be found.
-    """
-    (x, y), (x_test, y_test), p = train, test, difference.shape[1]
-    top = difference.abs().topk(min(max_k, p), dim=1).indices
-    codes, codes_test, scores = codes_of(sae, x, top), codes_of(sae, x_test, top), []  # (C, n, max_k)
-    for k in range(1, top.shape[1] + 1):
-        logits = probe_logits(codes_test[:, :, :k], *logistic_regression(codes[:, :, :k], y))
-        scores.append(probe_scores(logits > 0, y_test))
-    gains = torch.stack([score["f1"] for score in scores]).diff(dim=0) > 0.03
-    positives, main = y_test.T & seen, difference.argmax(dim=1, keepdim=True)
-    absorbed = (positives & (codes_of(sae, x_test, main).squeeze(2) == 0)).sum(1) / positives.sum(1)
-    probes = [{"k": k, **{name: mean_known(score[name]) for name in ("accuracy", "f1")}}
-              for k, score in enumerate(scores, 1)]
-    return {"latents": p, "probes": probes, "splitting": mean_known(1.0 + gains.cumprod(dim=0).sum(0)),
-            "absorption": mean_known(absorbed),
-            "absorption_by_label": [mean_known(rate) for rate in absorbed]}
-
-
-def erase(sae, n, difference, test, w, raw):
+def erase(sae, n, difference, x, y, w, raw):
     """Balanced accuracy that raw probes ``w`` (C, D) lose without a label's top ``n`` latents: own, others'.
-
     Top by difference x (decoder row . probe), the first-order effect. After SAEBench's targeted probe
-    perturbation, arXiv 2503.09532, which takes the latents out of the reconstruction, and balances classes.
-    """
-    (x, y), falls = test, []  # of all probes, for each label erased
-    top = (difference * (w @ sae.W_dec.T)).topk(n, dim=1).indices
+    perturbation, arXiv 2503.09532, which takes them out of the reconstruction."""
+    top, falls = (difference * (w @ sae.W_dec.T)).topk(n, dim=1).indices, []
     before = probe_scores(raw > 0, y)["balanced"]
     for latents, codes in zip(top, codes_of(sae, x, top)):
         left = raw - (codes @ (sae.W_dec[latents] @ w.T)).T
-        falls.append(before - probe_scores(left > 0, y)["balanced"])
+        falls.append(before - probe_scores(left > 0, y)["balanced"])  # of all probes, this label erased
     total, own = float(torch.stack(falls).sum()), float(torch.stack(falls).trace())
     return {"latents": n, "own": own / len(w), "others": (total - own) / max(1, len(w) * (len(w) - 1))}
 
 
-# ------------------------------------------------------------------------------------------------- 9. the toy
+# ----------------------------------------------- 9. the toy
 # Rows whose true features are known, and how well an SAE finds them.
 # Uses torch and, for the figures, ``evaluate``.
 
 
 class FeatureTree:
     """A tree of features, each on only where its parent is: the toy of noanabeshima/matryoshka-saes.
-
     ``spec``: a node {"active_prob": given that the parent is on, "is_read_out": false for a hidden node,
     "is_binary": false for a magnitude in [0.5, 1.5), "mutually_exclusive_children": true for at most one at a
     time, "children": [nodes], "id"}. Directions are orthogonal, with norms 1 + norm_std N(0, 1).
-    ``ValueError`` names the bad node.
-    """
+    ``ValueError`` names the bad node."""
 
     def __init__(self, spec, d_model=None, norm_std=0.05, seed=0):
-        self.nodes = []      # (parent, column, low, high, read out, binary), on if low <= column < high
-        self.n_columns = 0   # random columns: one a node, one for all children that exclude each other
+        self.nodes = []      # (parent, draw, low, high, read out, binary), on if low <= draws[draw] < high
         self.parent_of = []  # for each feature the feature above it, or None
         self._add("tree", spec, None, None, None, 0.0)
         n, self.d_model = len(self.parent_of), d_model or len(self.parent_of)
-        _require(1 <= n <= self.d_model <= 2048,
-                 f"d_model must be at least 1, the read-out features {n}, at most 2048", self.d_model)
-        _require(0 <= norm_std < 1, "norm_std must lie in [0, 1)", norm_std)
+        _require(1 <= n <= self.d_model <= 2048, f"d_model must be in [1, 2048], at least {n}", self.d_model)
         generator = torch.Generator().manual_seed(seed)
         basis = torch.linalg.qr(torch.randn(self.d_model, self.d_model, generator=generator)).Q
         self.directions = basis[:n] * (1 + norm_std * torch.randn(n, 1, generator=generator))
+        self.pairs = [(p, c) for c, p in enumerate(self.parent_of) if p is not None]  # (parent, child)
 
     def _add(self, path, spec, *place):
         try:
@@ -1243,100 +1065,64 @@ class FeatureTree:
         except (TypeError, RecursionError) as error:  # Python's words for an unknown or missing key
             raise ValueError(f"{path}: {one_line(error)}") from None
 
-    def _add_node(self, path, parent, feature, column, low, /, active_prob, is_read_out=True, is_binary=True,
+    def _add_node(self, path, parent, feature, draw, low, /, active_prob, is_read_out=True, is_binary=True,
                   mutually_exclusive_children=False, children=(), id=None):
         _require(0 <= active_prob <= 1, f"{path}.active_prob must lie in [0, 1]", active_prob)
-        flags = (is_read_out, is_binary, mutually_exclusive_children)
-        sound = all(isinstance(flag, bool) for flag in flags)
-        _require(sound, f"{path}: its flags must be true or false", flags)
-        column, node = self._column() if column is None else column, len(self.nodes)
-        self.nodes.append((parent, column, low, low + active_prob, is_read_out, is_binary))
+        node, low_of_child = len(self.nodes), 0.0
+        draw = node if draw is None else draw
+        self.nodes.append((parent, draw, low, low + active_prob, is_read_out, is_binary))
         if is_read_out:
             self.parent_of.append(feature)
             feature = len(self.parent_of) - 1
-        shared, low = self._column() if mutually_exclusive_children else None, 0.0
+        shared = node + 1 if mutually_exclusive_children else None  # the draw of the first child
         for i, child in enumerate(children):
-            self._add(f"{path}.children[{i}]", child, node, feature, shared, low)
-            low += child["active_prob"] if mutually_exclusive_children else 0.0
-        _require(low <= 1 + 1e-9, f"{path}.children exclude each other: active_prob may sum to 1", low)
-
-    def _column(self):
-        self.n_columns += 1
-        return self.n_columns - 1
-
-    @property
-    def pairs(self):
-        """(parent, child) feature numbers."""
-        return [(p, c) for c, p in enumerate(self.parent_of) if p is not None]
+            self._add(f"{path}.children[{i}]", child, node, feature, shared, low_of_child)
+            low_of_child += child["active_prob"] if mutually_exclusive_children else 0.0
+        rule = f"{path}.children exclude each other: active_prob may sum to 1"
+        _require(low_of_child <= 1 + 1e-9, rule, low_of_child)
 
     def sample_features(self, n, generator):
         """Feature activations (n, n_features): one uniform draw a node, or a set of exclusive siblings."""
-        draws, on, features = torch.rand(self.n_columns, n, generator=generator), [], []
-        for parent, column, low, high, *_ in self.nodes:
-            node = (draws[column] >= low) & (draws[column] < high)
+        draws, on, features = torch.rand(len(self.nodes), n, generator=generator), [], []
+        for parent, draw, low, high, read_out, binary in self.nodes:
+            node = (draws[draw] >= low) & (draws[draw] < high)
             on.append(node if parent is None else node & on[parent])
-        for node, (*_, read_out, binary) in zip(on, self.nodes):
             if read_out:
-                features.append(node.float() if binary else node * (0.5 + torch.rand(n, generator=generator)))
+                features.append(on[-1] * (1.0 if binary else 0.5 + torch.rand(n, generator=generator)))
         return torch.stack(features, dim=1)
 
-    def batches(self, batch_size, seed, start=0, rank=0, world=1):
-        """Endless rows (batch_size, D) = features @ directions, sampled about 20,000 at a time."""
-        generator, per_draw = torch.Generator().manual_seed(seed + rank), max(1, 20_000 // batch_size)
-        n = per_draw * batch_size
-        draws = (self.sample_features(n, generator) @ self.directions for _ in itertools.count())
-        return itertools.islice((batch for rows in draws for batch in rows.split(batch_size)), start, None)
-
     def sample(self, n, seed):
-        """``n`` rows (n, D) that depend on ``seed`` alone."""
-        return next(self.batches(n, seed))
-
-    def split_off(self, fraction, seed):
-        """Endless rows need no splitting: (itself, itself), for ``train``."""
-        return self, self
-
-    def pure_features(self):
-        """Activations (n_features, n_features): in row i feature i and its parents are on, nothing else."""
-        pure = torch.eye(len(self.parent_of))
-        for parent, child in self.pairs:
-            pure[child] += pure[parent]
-        return pure
-
-
-def true_cosines(sae, tree):
-    """|cosine| of every true direction with every decoder row: (n_features, F)."""
-    return (nn.functional.normalize(tree.directions, dim=1) @ sae.W_dec.detach().T).abs()
+        """``n`` rows (n, D) = features @ directions, which depend on ``seed`` alone."""
+        return self.sample_features(n, torch.Generator().manual_seed(seed)) @ self.directions
 
 
 @torch.no_grad()
 def matched_acts(sae, tree, rows):
-    """Codes (n, n_features) of ``rows`` by the latents matched to the features, greedily by |cosine|."""
-    cosine, codes = true_cosines(sae, tree), sae.encode(rows)
-    matched = torch.zeros(len(rows), len(cosine))
+    """(Codes (n, n_features) of ``rows`` by the latents matched to the true features, greedily by |cosine|;
+    the largest |cosine| of each feature with a decoder row)."""
+    cosine, codes = nn.functional.normalize(tree.directions, dim=1) @ sae.W_dec.T, sae.encode(rows)
+    left, matched = cosine.abs(), torch.zeros(len(rows), len(cosine))
     for _ in range(min(cosine.shape)):
-        feature, latent = divmod(int(cosine.argmax()), cosine.shape[1])
+        feature, latent = divmod(int(left.argmax()), left.shape[1])
         matched[:, feature] = codes[:, latent]
-        cosine[feature] = cosine[:, latent] = -1.0
-    return matched
+        left[feature] = left[:, latent] = -1.0
+    return matched, cosine.abs().amax(dim=1)
 
 
 def toy_figures(sae, tree, seed, n=20_000):
     """Figures on ``n`` fresh toy rows: ``evaluate``'s, and how well the true features are recovered.
-
-    ``clean`` counts best |cosine| >= 0.9; ``absorption``: a child's rows without its parent's latent.
-    """
+    ``clean`` counts best |cosine| >= 0.9; ``absorption``: a child's rows without its parent's latent."""
     features = tree.sample_features(n, torch.Generator().manual_seed(seed))
     rows = features @ tree.directions
-    cosine, silent = true_cosines(sae, tree).amax(dim=1), (matched_acts(sae, tree, rows) == 0).float()
-    figures = evaluate(sae, rows)
-    absorption = [{"parent": p, "child": c, "rate": mean_known(silent[features[:, c] > 0, p])}
+    (acts, cosine), figures = matched_acts(sae, tree, rows), evaluate(sae, rows)
+    absorption = [{"parent": p, "child": c, "rate": mean_known((acts[features[:, c] > 0, p] == 0).float())}
                   for p, c in tree.pairs]
     return {"fvu": figures["fvu"], "l0": figures["l0"], "features": len(cosine),
             "clean": int((cosine >= 0.9).sum()), "mean_cosine": float(cosine.mean()),
             "min_cosine": float(cosine.min()), "absorption": absorption}
 
 
-# ---------------------------------------------------------------------------------------- 10. language models
+# -------------------------------------- 10. language models
 # Where rows come from: TinyModel, a hook for the activations of any module, and their way into a file.
 # Uses torch alone; the file and the Hub by section 7.
 
@@ -1350,8 +1136,7 @@ class TinyModel(nn.Module):
         x = embed[ids] + pos_embed[:T]
         per block: x += O(attention(Q x, K x, V x));  x += write_out(relu(read_in(x)))
 
-    The stream of layer i enters ``layers[i]``, the last of which is ``lm_head``. The original's forward pass
-    returns log-probabilities.
+    The stream of layer i enters ``layers[i]``, last ``lm_head``. The original returns log-probabilities.
     """
 
     def __init__(self, n_layers=4, d_model=768, n_heads=16, d_mlp=3072, n_vocab=10_000, n_positions=256):
@@ -1401,31 +1186,26 @@ class _Stop(Exception):
 @contextlib.contextmanager
 def activation_hook(module, at="output", replace=None, stop=False):
     """Capture the "input" (first argument) or "output" (first item) of any ``module``, a tensor per call.
-
-    ``replace``: a function of that tensor whose result takes its place. ``stop`` ends the forward pass there.
-    """
+    ``replace``: a function of that tensor whose result takes its place. ``stop``: end the forward pass."""
     _require(at in ("input", "output"), 'at must be "input" or "output"', repr(at))
     captured = []
 
-    def take(x):
-        _require(isinstance(x, torch.Tensor),
-                 f"the {at} of {type(module).__name__} must be a tensor or start with one", type(x).__name__)
-        captured.append(x.detach())
+    def hook(module, args, kwargs, *output):
+        whole = output[0] if output else args or tuple(kwargs.values()) or None
+        first, *rest = whole if isinstance(whole, tuple) else (whole,)
+        rule = f"the {at} of {type(module).__name__} must be a tensor or start with one"
+        _require(isinstance(first, torch.Tensor), rule, type(first).__name__)
+        captured.append(first.detach())
         if stop:
             raise _Stop
-        return x if replace is None else replace(x).to(x)
-
-    def on_input(module, args, kwargs):
-        if args:
-            return (take(args[0]), *args[1:]), kwargs
-        name = next(iter(kwargs), None)
-        return args, {**kwargs, name: take(kwargs.get(name))}
-
-    def on_output(module, args, kwargs, output):
-        return (take(output[0]), *output[1:]) if isinstance(output, tuple) else take(output)
+        if replace is not None:
+            new = (replace(first).to(first), *rest)
+            if output:
+                return new if isinstance(whole, tuple) else new[0]
+            return (new, kwargs) if args else ((), dict(zip(kwargs, new)))
 
     register = module.register_forward_pre_hook if at == "input" else module.register_forward_hook
-    handle = register(on_input if at == "input" else on_output, with_kwargs=True)
+    handle = register(hook, with_kwargs=True)
     try:
         yield captured
     except _Stop:
@@ -1435,43 +1215,36 @@ def activation_hook(module, at="output", replace=None, stop=False):
 
 
 @torch.no_grad()
-def harvest(model, module, batches, out, at="output", drop=(), dtype="float16", max_rows=None, on_rows=None):
+def harvest(model, module, batches, out, at="output", drop=(), dtype="float16", max_rows=None,
+            on_rows=lambda done: None):
     """Write the activations of ``module`` in ``model`` to ``out``, a ``.npy`` (rows, D); return their number.
-
     ``batches``: token ids (B, T), or dicts of what ``model`` takes by name, with "input_ids". Ids in
-    ``drop``, and what an "attention_mask" leaves out, give no row. ``out`` appears when it is whole.
-    """
+    ``drop``, and what an "attention_mask" leaves out, give no row. ``out`` appears when it is whole."""
     _require(not model.training, "model must be in evaluation mode, model.eval(): training", model.training)
     _require(dtype in ("float16", "float32"), "dtype must be float16 or float32", dtype)
     n, header = 0, {"descr": np.dtype(dtype).str, "fortran_order": False}
+    device = next(model.parameters()).device
     with atomic(out) as temporary, open(temporary, "wb") as file:  # a map dies on a full disk
         for batch in batches:
-            rows = _rows_of(model, module, batch, at, drop)[: None if max_rows is None else max_rows - n]
-            rows = rows.to(getattr(torch, dtype))
+            inputs = {"input_ids": batch} if isinstance(batch, torch.Tensor) else batch
+            inputs = {name: value.to(device) for name, value in inputs.items()}
+            ids = inputs["input_ids"]
+            with activation_hook(module, at, stop=True) as captured:
+                model(ids) if isinstance(batch, torch.Tensor) else model(**inputs)
+            shape, wanted = tuple(captured[0].shape) if captured else "no call", tuple(ids.shape)
+            _require(shape[:-1] == wanted, f"module must give a vector for each of the ids {wanted}", shape)
+            mask = ~torch.isin(ids, torch.tensor(list(drop), device=device, dtype=ids.dtype))
+            rows = captured[0][mask & inputs.get("attention_mask", mask).bool()].to(getattr(torch, dtype))
+            rows = rows[: None if max_rows is None else max_rows - n]
             _require(rows.isfinite().all(), f"activations must fit in {dtype}", "one too large, or NaN")
             if file.tell() == 0:
                 np.lib.format.write_array_header_1_0(file, {**header, "shape": rows.shape})
             file.write(rows.cpu().numpy().data)
             n += len(rows)
-            if on_rows:
-                on_rows(n)
+            on_rows(n)
             if n == max_rows:
                 break
         _require(n > 0, "the batches must give at least one row, number of them", n)
         file.seek(0)  # numpy leaves room for the first number to grow
         np.lib.format.write_array_header_1_0(file, {**header, "shape": (n, rows.shape[1])})
     return n
-
-
-def _rows_of(model, module, batch, at, drop):
-    """The activations (n, D) of one batch of ``harvest``."""
-    named, device = isinstance(batch, collections.abc.Mapping), next(model.parameters()).device
-    inputs = {name: value.to(device) for name, value in (batch.items() if named else [("input_ids", batch)])}
-    ids = inputs["input_ids"]
-    with activation_hook(module, at, stop=True) as captured:
-        model(**inputs) if named else model(ids)
-    found = tuple(captured[0].shape) if captured else "no call"
-    wanted = tuple(ids.shape)
-    _require(found[:-1] == wanted, f"module must give a vector for each of the ids {wanted}", found)
-    mask = inputs.get("attention_mask", torch.ones_like(ids)).bool()
-    return captured[0][mask & ~torch.isin(ids, torch.tensor(list(drop), device=device, dtype=ids.dtype))]
