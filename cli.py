@@ -572,7 +572,7 @@ def push(checkpoint, repo, private, token, license, dry_run, revision, create_pr
         commit = api.create_commit(repo_id, [CommitOperationAdd(*file) for file in files.items()],
                                    commit_message=commit_message, revision=revision, create_pr=create_pr)
     except Exception as error:  # of huggingface_hub, its HTTP library, Xet; after "Bearer" follows a token
-        raise OSError(f"{folder} cannot be pushed to {repo}: {msae.one_line(error).split('Bearer')[0]}")
+        raise OSError(f"{folder} not pushed to {repo}: {msae.one_line(error).split('Bearer')[0]}") from None
     click.echo(commit.pr_url or f"{api.endpoint}/{repo_id}" + (f"/tree/{revision}" if revision else ""))
 
 

@@ -493,8 +493,8 @@ def sparse_topk(x, W_enc, b_enc, n, floor=0.0):
         sample_pre = torch.addmm(b_enc, x[:: max(1, len(x) // 64)], W_enc).flatten()
         share = n / len(x) / W_enc.shape[1]
         floor = max(0.0, 0.7 * float(sample_pre.topk(max(1, round(share * len(sample_pre)))).values[-1]))
-    for floor in (floor, floor / 2, 0.0):
-        values, index = entries_above(floor, x, W_enc, b_enc)
+    for start in (floor, floor / 2, 0.0):
+        values, index = entries_above(start, x, W_enc, b_enc)
         if len(values) >= n:
             break
     if len(values) > n:
@@ -614,9 +614,8 @@ def train(acts, cfg, *, device="cpu", out=None, resume=False, save_minutes=10.0,
     with deferred_signals() as received:
         if folder and not resume:
             folder.mkdir(parents=True, exist_ok=True)
-            for file in folder.iterdir():
-                raise FileExistsError(f"{folder} holds {file.name}: choose a new or an empty output folder")
-            (folder / METRICS).touch()
+            if held := [file.name for file in folder.iterdir() if file.suffix != ".tmp"]:
+                raise FileExistsError(f"{folder} holds {held[0]}: choose a new or an empty output folder")
             checkpoint()
         try:
             saved = time.monotonic()
@@ -659,7 +658,7 @@ def prepare(acts, cfg, device):
 
 
 def write_state(folder, fingerprint, trainer):
-    log_bytes = (folder / METRICS).stat().st_size
+    log_bytes = (folder / METRICS).stat().st_size if (folder / METRICS).exists() else 0
     with atomic(folder / STATE) as temporary:
         state = {"fingerprint": fingerprint, "log_bytes": log_bytes, "trainer": trainer.state_dict()}
         torch.save(state, temporary)
@@ -673,7 +672,8 @@ def read_state(folder, fingerprint, trainer):
             was = state["fingerprint"].get(name)
             _require(was == value, f"{name} must be as in the run to resume, {was}", value)
         trainer.load_state_dict(state["trainer"])
-        os.truncate(folder / METRICS, state["log_bytes"])
+        if (folder / METRICS).exists():
+            os.truncate(folder / METRICS, state["log_bytes"])
 
 
 @contextlib.contextmanager
