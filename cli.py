@@ -199,7 +199,7 @@ def svg(maps, cell=11):
     """The maps as a picture: a row per input, one feature and its parents; a column per matched latent."""
     side, parts = cell * len(maps["true features"]), []
     for number, (title, rows) in enumerate(maps.items()):
-        left, bold = 32 + number * (side + 26), 'font-size="14" font-weight="600"'
+        left, bold = 32 + number * (side + 26), 'font-size="14" font-weight="600" fill="#000"'
         parts.append(f'<text x="{left + side / 2}" y="22" {bold}>{title.capitalize()}</text>')
         parts += [f'<rect x="{left + j * cell}" y="{34 + i * cell}" width="{cell - 1}" height="{cell - 1}" '
                   f'fill="{colour(a)}"/>' for i, row in enumerate(rows) for j, a in enumerate(row)]

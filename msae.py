@@ -586,7 +586,7 @@ STATE, METRICS = "training_state.pt", "metrics.jsonl"
 
 def train(acts, cfg, *, device="cpu", out=None, resume=False, save_minutes=10.0, on_log=lambda figures: None,
           log_every=50, metadata=None):
-    """Train on ``acts``, which ``Rows`` takes; return the SAE for raw activations.
+    """Train on the rows ``acts`` (see ``Rows``); return the SAE for raw activations.
     ``out``: a new or empty folder for metrics and checkpoint, written at the start, every ``save_minutes``
     and however the loop ends; ``resume`` goes on from there. SIGINT, SIGTERM and SIGHUP act after a step.
     ``on_log`` gets {"step", "loss", "fvu", "l0", "dead", "threshold", "rows_per_second"}. ``metadata``: what
@@ -784,7 +784,8 @@ class Rows:
                 (rows, order), ahead = ahead.result(), thread.submit(next, pools)
                 ends = range(batch_size - len(batch), len(order), batch_size)
                 for taken in order.tensor_split(tuple(ends)):
-                    batch = torch.cat([batch, rows[taken]]) if len(batch) else rows[taken]
+                    part = rows.index_select(0, taken)
+                    batch = torch.cat([batch, part]) if len(batch) else part
                     if len(batch) == batch_size:
                         yield batch
                         batch = batch[:0]
@@ -810,8 +811,7 @@ def as_rows(source):
         array = (array.float() if array.dtype == torch.bfloat16 else array).detach().cpu().numpy()
     _require(isinstance(array, np.ndarray), "rows must be an array, a tensor or a path", type(array).__name__)
     sound = array.dtype.kind == "f" and array.dtype.itemsize <= 8 and array.ndim in (2, 3) and array.size > 0
-    name = getattr(array, "filename", "the array")
-    rule = f"{name} must hold floats of the shape (rows, D) or (docs, positions, D), none of them 0"
+    rule = f"{getattr(array, 'filename', 'the array')} must hold floats (rows, D) or (docs, positions, D)"
     _require(sound, rule, f"{array.dtype} {array.shape}")
     whole_file = isinstance(array.base, mmap.mmap) and array.flags.c_contiguous
     return (array if whole_file else np.asarray(array)).reshape(-1, array.shape[-1])
@@ -877,7 +877,7 @@ def download(repo, names, revision=None, repo_type="model"):
 
 @torch.no_grad()
 def evaluate(sae, rows, batch_size=4096, on_rows=lambda done: None):
-    """Figures of ``sae`` over all raw ``rows``, which ``Rows`` takes, in one pass.
+    """Figures of ``sae`` over all raw ``rows`` (see ``Rows``), in one pass.
     ``fvu = sum |x - recon|^2 / sum |x - mean|^2``, ``l0`` active latents per row, ``dead`` share of latents
     that never fire here, ``max_cosine`` mean over latents of the largest with another decoder row, all but
     ``dead`` by prefix too; ``frequencies``: how many latents fire on a share in [edge, next)."""
