@@ -9,8 +9,8 @@ Every prefix of the latents has to reconstruct alone, so the early latents stay 
 by the specialised ones that follow. One prefix, of all latents, is the plain BatchTopK SAE. B batch rows,
 D model width, F latents, P prefixes. Not included: L1 and gated SAEs, transcoders.
 
-Sections 1 to 4 are the whole method, literally: autoencoder, selection and loss, settings, trainer. 5 is the
-same step, fast. Around them: 6 runs, 7 files, 8 metrics, 9 the toy, 10 language models.
+Sections 1 to 4 are the whole method, literally; 5 is the same step, fast. Around them: 6 runs, 7 files,
+8 metrics, 9 the toy, 10 language models.
 
 Sources: nested loss: Bussmann et al. 2025, arXiv 2503.17547; Pareto prefixes, energy order, the toy:
 noanabeshima/matryoshka-saes; BatchTopK: Bussmann et al. 2024, arXiv 2412.06410; AuxK: Gao et al. 2024,
@@ -192,7 +192,7 @@ class TrainConfig:
 
     n_latents: int
     k: float = 30.0  # active latents per row, on average over the batch; need not be whole
-    prefixes: tuple | None = None  # lengths that end in n_latents, or fractions that end in 1; FRACTIONS
+    prefixes: tuple | None = None  # lengths up to n_latents, or fractions up to 1; None: FRACTIONS
     n_prefixes: int | None = None  # instead: sample this many at every step (Pareto)
     pareto_power: float = 0.5  # towards 0 favours short prefixes, 1 is uniform
     level_weights: tuple | None = None  # w_p, one per prefix, scaled to sum 1; None: all equal
@@ -205,7 +205,7 @@ class TrainConfig:
     decay_fraction: float = 0.2  # of the steps, at the end, in which lr falls linearly to 0
     k_start: float | None = None  # k at step 0, moving linearly to k over k_anneal_steps; None: k
     k_anneal_steps: int = 0  # at least 1 with k_start
-    n_latents_start: int | None = None  # with spare ones: the least energetic go until n_latents are left
+    n_latents_start: int | None = None  # with spare ones, of which the least energetic go
     prune_window: tuple = (0.2, 0.6)  # fractions of the steps between which they go
     aux_coef: float = 1 / 32  # weight of the loss that revives dead latents
     dead_after: int = 200_000  # rows without firing that make a latent dead
@@ -289,9 +289,9 @@ def default_lr(n_latents):
 
 class Trainer:
     """One SAE in training: ``step(x)`` is an optimizer step on raw rows (B, D), ``export()`` the SAE to keep.
-    ``trainer.sae`` sees ``x / scale`` and starts with ``b_dec = mean / scale``, so a common mean, however
-    large, neither silences latents nor shrinks what is to be learned. The smallest entry that a batch keeps
-    is its ``cut``; ``sae.threshold``, by which rows are encoded alone, is the moving average of the cuts."""
+    ``trainer.sae`` sees ``x / scale`` and starts with ``b_dec = mean / scale``: a large mean would silence
+    latents. The smallest entry that a batch keeps is its ``cut``; ``sae.threshold``, by which rows are
+    encoded alone, is the moving average of the cuts."""
 
     def __init__(self, cfg, d_model, device="cpu", mean=0.0, scale=1.0):
         self.cfg, self.scale, self.device = cfg, float(scale), torch.device(device)
@@ -364,8 +364,8 @@ class Trainer:
     @torch.no_grad()
     def observe(self, values, index, loss, rows):
         """Update cut, threshold, silent rows and energy by the entries kept; return the loss.
-        Processes average all that, and the gradients, first. Threshold and energy are means over about 100
-        and 20 steps: L0 is to be steady, the order fresh."""
+        Processes average these and the gradients first. Threshold and energy are means over about 100 and 20
+        steps: L0 is to be steady, the order fresh."""
         F, world = len(self.energy), rank_and_world()[1]
         per_latent = torch.zeros(2, F, device=self.device)  # share of active rows, mean square
         entries = torch.stack([(values > 0).float(), values.square()])
@@ -464,8 +464,8 @@ def calibrate(sae, rows, k, batch_size=2048):
 
 
 # ----------------------------------- 5. the same step, fast
-# Of B x F entries about k / F survive, so each product but the encoder's becomes a sum over the survivors: 99
-# against 415 ms at F 3072, D 768, B 2048 on 2 cores; 2.9 against 3.8 on the toy. Uses torch and numpy alone.
+# Only k / F of the entries survive: each product but the encoder's becomes a sum over them, 83 against 415 ms
+# at F 3072, D 768, B 2048 on 2 cores, 2.9 against 3.8 on the toy. Uses torch and numpy alone.
 
 CACHED = 1 << 19  # numbers that stay in a core's cache until their next use: 2 MiB of float32
 
@@ -527,8 +527,8 @@ def stable_order(keys, end):
 def sparse_loss(x, values, latent, starts, W_dec, weights, G):
     """``nested_loss`` of sparse codes, gradients in closed form: (loss, d_values (n,)), ``G`` (B, P, D).
     ``x`` is without ``b_dec``. In row ``b`` the block of latents that ends with prefix ``p`` has the
-    ``values`` of the ``latent`` from ``starts[b P + p]`` to the next start, which decode to ``R_p``; ``R_1``
-    takes ``-x`` in. So the residual of prefix ``p`` is ``sum_{i <= p} R_i``, and the loss a quadratic form:
+    ``values`` from ``starts[b P + p]`` to the next start, which decode to ``R_p``; ``R_1`` takes ``-x`` in.
+    So prefix ``p`` leaves ``sum_{i <= p} R_i``, and the loss is a quadratic form:
 
         L = 1/2 sum_b sum_ij K_ij <R_i, R_j>,  K_ij = 2/B sum_{p >= max(i, j)} w_p
 
@@ -590,7 +590,7 @@ def train(acts, cfg, *, device="cpu", out=None, resume=False, save_minutes=10.0,
     ``out``: a new or empty folder for metrics and checkpoint, written at the start, every ``save_minutes``
     and however the loop ends; ``resume`` goes on from there. SIGINT, SIGTERM and SIGHUP act after a step.
     ``on_log`` gets {"step", "loss", "fvu", "l0", "dead", "threshold", "rows_per_second"}. ``metadata``: what
-    the checkpoint is to say of the rows. Under torch.distributed each process takes its share of a batch.
+    the checkpoint is to say. Under torch.distributed each process takes its share of every batch.
     ``ValueError`` for bad rows, or settings or rows other than those resumed; ``OSError`` for ``out``."""
     _require(not resume or out is not None, "resume needs out, the folder to go on in", out)
     trainer, data, aside, fingerprint = prepare(acts, cfg, device)
@@ -650,8 +650,8 @@ def prepare(acts, cfg, device):
     _require(fits, f"batch_size must be at most the number of training rows {n}", cfg.batch_size)
     mean = sample.mean(dim=0, dtype=torch.float64)
     scale = float((sample - mean).norm()) / len(sample) ** 0.5
-    _require(max(1e-18, 1e-6 * float(mean.norm())) < scale < 1e18, "the rows must not be all zero, equal to "
-             "a millionth, or beyond 1e18; their root mean squared distance from their mean", scale)
+    least = max(1e-18, 1e-6 * float(mean.norm()))
+    _require(least < scale < 1e18, f"rows must differ, by an rms distance in ({least:.1g}, 1e18)", scale)
     fingerprint = {**dataclasses.asdict(cfg), "rows": n, "processes": world,
                    "checksum of a sample of the rows": hashlib.sha256(sample.numpy()).hexdigest()[:16]}
     return Trainer(cfg, data.d_model, device, mean, scale), data, aside.read(), fingerprint
@@ -879,8 +879,8 @@ def download(repo, names, revision=None, repo_type="model"):
 def evaluate(sae, rows, batch_size=4096, on_rows=lambda done: None):
     """Figures of ``sae`` over all raw ``rows`` (see ``Rows``), in one pass.
     ``fvu = sum |x - recon|^2 / sum |x - mean|^2``, ``l0`` active latents per row, ``dead`` share of latents
-    that never fire here, ``max_cosine`` mean over latents of the largest with another decoder row, all but
-    ``dead`` by prefix too; ``frequencies``: how many latents fire on a share in [edge, next)."""
+    that never fire here, ``max_cosine`` mean of the largest of a decoder row with another, all but ``dead``
+    by prefix too; ``frequencies``: how many latents fire on a share in [edge, next)."""
     rows, levels, device, done = Rows(rows), sae.prefixes, sae.b_dec.device, 0
     sizes, error = np.diff(levels, prepend=0).tolist(), np.zeros(len(levels))
     fired = torch.zeros(len(sae.b_enc), dtype=torch.long, device=device)  # rows where each latent is on
@@ -916,8 +916,8 @@ def max_cosine(W_dec, block=2048):
 @torch.no_grad()
 def loss_recovered(model, module, sae, batches, at="input", drop=()):
     """Cross-entropy, nats per token, of ``model`` with the stream at ``module`` left, zeroed, coded.
-    ``batches`` of token ids (B, T); positions whose id is in ``drop`` keep their stream and are not
-    predicted. By prefix ``recovered = (zeroed - spliced) / (zeroed - clean)``, None for 0 / 0."""
+    ``batches`` of token ids (B, T); those in ``drop`` keep their stream and are not predicted. By prefix
+    ``recovered = (zeroed - spliced) / (zeroed - clean)``, None for 0 / 0."""
     device, n = next(model.parameters()).device, 0
     through = (lambda x, p=p: sae.decode(sae.encode(x, p)) for p in sae.prefixes)
     swaps = [lambda x: x, torch.zeros_like, *through]
@@ -1025,8 +1025,8 @@ def mean_known(values):
 
 def erase(sae, n, difference, x, y, w, raw):
     """Balanced accuracy that raw probes ``w`` (C, D) lose without a label's top ``n`` latents: own, others'.
-    Top by difference x (decoder row . probe), the first-order effect. After SAEBench's targeted probe
-    perturbation, arXiv 2503.09532, which takes them out of the reconstruction."""
+    Top by difference x (decoder row . probe). After SAEBench's targeted probe perturbation, arXiv 2503.09532,
+    which takes them out of the reconstruction."""
     top, falls = (difference * (w @ sae.W_dec.T)).topk(n, dim=1).indices, []
     before = probe_scores(raw > 0, y)["balanced"]
     for latents, codes in zip(top, codes_of(sae, x, top)):

@@ -939,7 +939,7 @@ def test_baseline_trains_the_vanilla_twin_and_resume_finds_the_newest_folder(her
     (lambda x: x.astype(int), "int64"), (lambda x: x.ravel(), "(48000,)"), (lambda x: x[:0], "(0, 16)"),
     (lambda x: np.where(x == x[1234, 3], np.nan, x), "row 1234"), (lambda x: np.array([{"a": 1}]), "bad.npy"),
     (lambda x: np.where(x == x[7, 3], np.inf, x), "row 7"), (lambda x: x[:60], "batch_size"),
-    (lambda x: x * 0, "zero"), (lambda x: x * 1e-20, "distance"), (lambda x: x * 1e20, "distance"),
+    (lambda x: x * 0, "differ"), (lambda x: x * 1e-20, "distance"), (lambda x: x * 1e20, "distance"),
     (lambda x: x * 0 + 5, "distance"), (lambda x: x + 1e8, "distance"), (lambda x: b"", "bad.npy"),
     (lambda x: b"activations", "bad.npy"), (lambda x: Path("acts.npy").read_bytes()[:-100], "bad.npy")])
 def test_bad_rows_get_one_line_and_leave_no_trace(here, change, names):
