@@ -33,7 +33,6 @@ NEW_FILE, FOLDER = click.Path(dir_okay=False, path_type=Path), click.Path(file_o
 console = Console(markup=False, emoji=False, highlight=False)
 
 
-
 def available(ctx, param, name):
     """``torch.device`` of that name; ``ValueError`` if this machine or this build of torch has none."""
     with msae.reading(f"--device {name!r:.100}", "available here"):
@@ -55,7 +54,7 @@ class Commands(click.Group):
             return super().invoke(ctx)
         except KeyboardInterrupt:
             sys.exit(130)
-        except click.exceptions.Exit:
+        except (click.exceptions.Exit, BrokenPipeError):
             raise
         except (OSError, ValueError, MemoryError, RuntimeError) as error:
             raise click.ClickException(" ".join(str(error).split()) or "not enough memory") from None
@@ -95,6 +94,7 @@ def cell(text, figures):
 def show_table(title, columns, results, rows_of=list):
     """A section for each of ``results``, a row for each of its ``rows_of``; columns: texts for ``cell``."""
     table = Table("", *columns, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.columns[0].overflow = "fold"
     for name, found in results.items():
         for figures in rows_of(found):
             table.add_row(name, *(cell(text, figures) for text in columns.values()))
@@ -225,7 +225,7 @@ def numbers(text):
 @option("--acts", required=True, help="A .npy of floats, (rows, D) or (docs, positions, D), or a folder.")
 @option("--latents", "n_latents", type=int, help="Number of latents F.  [required, here or in --config]")
 @option("--k", type=float, help="Active latents per row, on average.  [default: 30]")
-@option("--prefixes", type=numbers, help="Lengths or fractions.  [default: F/16, F/8, F/4, F/2, F]")
+@option("--prefixes", type=numbers, help="Lengths, or fractions.  [default: .0625,.125,.25,.5,1.0]")
 @option("--pareto", "n_prefixes", type=int, help="Instead, sample this many prefixes at every step.")
 @option("--spare", type=click.FloatRange(0, 1000), help="Spare latents at first, part of F.  [default: 0.25]")
 @option("--baseline", is_flag=True, help="Then train the vanilla twin on the same batches and show both.")
@@ -273,7 +273,7 @@ def train(acts, device, out, config, spare, baseline, resume, save_minutes, **op
         if is_first:
             show_how_to_resume(folder, out)
         if several and isinstance(error, RuntimeError):
-            raise ConnectionError("another process of this run is lost") from None
+            raise ConnectionError(f"this or another process is lost: {msae.one_line(error)}") from None
         raise
     finally:
         if several and torch.distributed.is_initialized():
@@ -425,8 +425,8 @@ def evaluate(checkpoints, acts, labels, tokens, max_tokens, model_path, layer, d
             raise ValueError(f"{path} is for rows of width {len(sae.b_dec)}, {acts} has {rows.d_model}")
         if tokens and hook in hooks and hook != hooks[layer]:
             raise click.UsageError(f"--layer {layer} is not where {path} was trained, {hook}")
-    if out:
-        out.touch()  # refused now or never
+    if out and out.exists():
+        raise FileExistsError(f"{out} exists: choose another --out")
     for path, sae in saes.items():
         found = results[path] = {"checkpoint": path, "acts": acts}
         if tokens:  # and labels first, as they may be refused and rows may take hours
