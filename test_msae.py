@@ -148,7 +148,6 @@ def good(tmp_path_factory):
 
 @pytest.fixture
 def here(good, tmp_path, monkeypatch):
-    """A copy of the good files, in the present folder."""
     shutil.copytree(good, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
 
