@@ -52,11 +52,8 @@ SAELENS = {"architecture": "jumprelu", "normalize_activations": "none", "reshape
 
 
 class MatryoshkaSAE(nn.Module):
-    """Sparse autoencoder whose every prefix of latents is one too. At first ``W_enc = W_dec.T``, random.
-
-        acts  = pre * (pre > threshold),  pre = relu((x - b_dec) @ W_enc + b_enc)      (..., D) -> (..., F)
-        recon = acts @ W_dec + b_dec                                                   (..., F) -> (..., D)
-    """
+    """Sparse autoencoder whose every prefix of latents is one too, at first with ``W_enc = W_dec.T``, random:
+    ``acts = encode(x)`` (..., D) -> (..., F), ``recon = decode(acts)`` (..., p) -> (..., D), p <= F."""
 
     def __init__(self, d_model, n_latents, prefixes=None, generator=None):
         super().__init__()
@@ -76,14 +73,14 @@ class MatryoshkaSAE(nn.Module):
         return torch.relu(x @ self.W_enc[:, :prefix] + self.b_enc[:prefix])
 
     def encode(self, x, prefix=None):
-        """Codes of raw ``x``: (..., D) -> (..., F), or (..., prefix) of the SAE in the first latents."""
+        """``pre * (pre > threshold)`` of raw ``x``: (..., D) -> (..., F), or (..., prefix)."""
         F = len(self.b_enc)
         _require(prefix is None or 1 <= prefix <= F, f"prefix must lie in [1, {F}]", prefix)
         pre = self.pre_acts(x, prefix)
         return pre * (pre > self.threshold[:prefix])
 
     def decode(self, acts):
-        """Reconstruction by the latents given: (..., p) -> (..., D) for any prefix p <= F."""
+        """``acts @ W_dec[:p] + b_dec``: (..., p) -> (..., D)."""
         return acts @ self.W_dec[: acts.shape[-1]] + self.b_dec
 
     def forward(self, x):
@@ -190,19 +187,19 @@ class TrainConfig:
     """All settings of a run, which with its rows fix the weights. ``ValueError`` names what is wrong."""
 
     n_latents: int
-    k: float = 30.0  # active latents per row, on average over the batch; need not be whole
+    k: float = 30.0  # active latents per row, on average; need not be whole
     prefixes: tuple | None = None  # lengths up to n_latents, or fractions up to 1; None: FRACTIONS
     n_prefixes: int | None = None  # instead: sample this many at every step (Pareto)
     pareto_power: float = 0.5  # towards 0 favours short prefixes, 1 is uniform
-    level_weights: tuple | None = None  # w_p, one per prefix, scaled to sum 1; None: all equal
-    order: str = "stored"  # "energy": prefixes run over the latents sorted by their mean square
+    level_weights: tuple | None = None  # w_p, scaled to sum 1; None: all equal
+    order: str = "stored"  # "energy": latents are sorted by their mean square
     batch_size: int = 2048  # rows
     steps: int = 10_000
     lr: float | None = None  # Adam's peak rate; None: default_lr(n_latents)
     betas: tuple = (0.9, 0.999)
     warmup_steps: int | None = None  # of linear rise from 0; None: a tenth of the steps, at most 1000
-    decay_fraction: float = 0.2  # of the steps, at the end, in which lr falls linearly to 0
-    k_start: float | None = None  # k at step 0, moving linearly to k over k_anneal_steps; None: k
+    decay_fraction: float = 0.2  # of the steps, at the end, of linear fall to 0
+    k_start: float | None = None  # at step 0, moving linearly to k over k_anneal_steps; None: k
     k_anneal_steps: int = 0  # at least 1 with k_start
     n_latents_start: int | None = None  # with spare ones, of which the least energetic go
     prune_window: tuple = (0.2, 0.6)  # fractions of the steps between which they go
@@ -592,7 +589,7 @@ def train(acts, cfg, *, device="cpu", out=None, resume=False, save_minutes=10.0,
     and however the loop ends; ``resume`` goes on from there. SIGINT, SIGTERM and SIGHUP act after a step.
     ``on_log`` gets {"step", "loss", "fvu", "l0", "dead", "threshold", "rows_per_second"}. ``metadata``: what
     the checkpoint is to say. Under torch.distributed each process takes its share of every batch.
-    ``ValueError`` for bad rows, or settings or rows other than those resumed; ``OSError`` for ``out``."""
+    ``ValueError`` for bad rows, and settings or rows other than those resumed; ``OSError`` for ``out``."""
     _require(not resume or out is not None, "resume needs out, the folder to go on in", out)
     trainer, data, aside, fingerprint = prepare(acts, cfg, device)
     if resume:
@@ -652,7 +649,8 @@ def prepare(acts, cfg, device):
     mean = sample.mean(dim=0, dtype=torch.float64)
     scale = float((sample - mean).norm()) / len(sample) ** 0.5
     least = max(1e-18, 1e-6 * float(mean.norm()))
-    _require(least < scale < 1e18, f"rows must differ, by an rms distance in ({least:.1g}, 1e18)", scale)
+    rule = f"rows must differ: their rms distance from the mean must lie in ({least:.1g}, 1e18)"
+    _require(least < scale < 1e18, rule, scale)
     fingerprint = {**dataclasses.asdict(cfg), "rows": n, "processes": world,
                    "checksum of a sample of the rows": hashlib.sha256(sample.numpy()).hexdigest()[:16]}
     return Trainer(cfg, data.d_model, device, mean, scale), data, aside.read(), fingerprint
@@ -667,6 +665,8 @@ def write_state(folder, fingerprint, trainer):
 
 def read_state(folder, fingerprint, trainer):
     """Put trainer and metrics where they were; ``ValueError`` names what of settings or rows differs."""
+    if not (folder / STATE).is_file():
+        raise FileNotFoundError(f"{folder} holds no {STATE}: there is nothing to resume")
     with reading(folder / STATE, "the state of such a run"):
         state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
         for name, value in fingerprint.items():
@@ -1132,12 +1132,7 @@ BEGIN, PAD = 9996, 9998  # token ids: before each text, and after those that are
 
 class TinyModel(nn.Module):
     """The language model noanabeshima/tiny_model, without layer norm: ids (B, T) -> logits (B, T, V).
-
-        x = embed[ids] + pos_embed[:T]
-        per block: x += O(attention(Q x, K x, V x));  x += write_out(relu(read_in(x)))
-
-    The stream of layer i enters ``layers[i]``, last ``lm_head``. The original returns log-probabilities.
-    """
+    The stream of layer i enters ``layers[i]``, last ``lm_head``. The original returns log-probabilities."""
 
     def __init__(self, n_layers=4, d_model=768, n_heads=16, d_mlp=3072, n_vocab=10_000, n_positions=256):
         super().__init__()
