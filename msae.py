@@ -52,8 +52,8 @@ SAELENS = {"architecture": "jumprelu", "normalize_activations": "none", "reshape
 
 
 class MatryoshkaSAE(nn.Module):
-    """Sparse autoencoder whose every prefix of latents is one too, at first with ``W_enc = W_dec.T``, random:
-    ``acts = encode(x)`` (..., D) -> (..., F), ``recon = decode(acts)`` (..., p) -> (..., D), p <= F."""
+    """Sparse autoencoder, of which every prefix of latents is one too. ``W_dec`` starts as random unit rows,
+    ``W_enc`` as its transpose. ``acts = encode(x)``, ``recon = decode(acts)``, as at the top of the file."""
 
     def __init__(self, d_model, n_latents, prefixes=None, generator=None):
         super().__init__()
