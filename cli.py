@@ -313,7 +313,6 @@ def default_folder(path, resume, is_first):
 
 
 def show_how_to_resume(folder, out):
-    """The last step saved in ``folder``, if any, and the command that goes on from there."""
     if state := max(folder.rglob(msae.STATE), key=os.path.getmtime, default=None):
         steps = torch.load(state, map_location="cpu", weights_only=True, mmap=True)["trainer"]["steps_done"]
         n = os.environ.get("LOCAL_WORLD_SIZE")
@@ -420,10 +419,11 @@ def evaluate(checkpoints, acts, labels, tokens, max_tokens, model_path, layer, d
     if tokens:
         model, hooks, ids = tiny_model(model_path, layer, device, tokens, max_tokens)
     for path, sae in saes.items():
-        hook = sae.metadata.get("hook_name")
+        if not out and Path(path).is_dir() and not os.access(path, os.W_OK):
+            raise PermissionError(f"{path} is not writable: choose an --out")
         if len(sae.b_dec) != rows.d_model:
             raise ValueError(f"{path} is for rows of width {len(sae.b_dec)}, {acts} has {rows.d_model}")
-        if tokens and hook in hooks and hook != hooks[layer]:
+        if tokens and (hook := sae.metadata.get("hook_name")) in hooks and hook != hooks[layer]:
             raise click.UsageError(f"--layer {layer} is not where {path} was trained, {hook}")
     if out and out.exists():
         raise FileExistsError(f"{out} exists: choose another --out")
@@ -438,7 +438,7 @@ def evaluate(checkpoints, acts, labels, tokens, max_tokens, model_path, layer, d
             found["labels"] = {**msae.probe(sae.cpu(), x, y), "labels": label_names}
         with progress(f"{path}  row", len(rows)) as show:
             found |= msae.evaluate(sae.to(device), rows, on_rows=show)
-        if out or os.access(path, os.W_OK):  # not of the Hub
+        if out or Path(path).is_dir():  # not of the Hub
             file = out or Path(path, EVAL)
             msae.write(file, list(results.values()) if out and len(saes) > 1 else found)
             click.echo(f"wrote {file}")
