@@ -1069,6 +1069,8 @@ class FeatureTree:
     def _add_node(self, path, parent, feature, draw, low, /, active_prob, is_read_out=True, is_binary=True,
                   mutually_exclusive_children=False, children=(), id=None):
         _require(0 <= active_prob <= 1, f"{path}.active_prob must lie in [0, 1]", active_prob)
+        for flag in (is_read_out, is_binary, mutually_exclusive_children):
+            _require(isinstance(flag, bool), f"{path}: its flags must be true or false", flag)
         node, low_of_child = len(self.nodes), 0.0
         self.nodes.append((parent, draw or node, low, low + active_prob, is_read_out, is_binary))
         if is_read_out:
