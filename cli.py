@@ -35,6 +35,8 @@ console = Console(markup=False, emoji=False, highlight=False)
 
 def available(ctx, param, name):
     """``torch.device`` of that name; ``ValueError`` if this machine or this build of torch has none."""
+    if name.startswith("cuda") and "LOCAL_RANK" in os.environ:  # torchrun gives each process its own
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     with msae.reading(f"--device {name!r:.100}", "available here"):
         return torch.ones(1, device=name).device
 
@@ -258,7 +260,6 @@ def train(acts, device, out, config, spare, baseline, resume, save_minutes, **op
                                                   resume and (folder / "vanilla" / msae.STATE).exists())]
     try:
         if several and on_cuda:
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
         if several:
             torch.distributed.init_process_group("nccl" if on_cuda else "gloo")
@@ -360,8 +361,7 @@ def read_tokens(path, n_vocab=10_000, n_positions=256, n_most=math.inf):
             ids = ids.astype(np.int64, casting="same_kind")
             (n_ids,) = ids.shape
         if not 0 < n_ids <= n_positions:
-            rule = f"tok_ids must be 1 to {n_positions} ids, the positions of the model"
-            raise ValueError(f"{where}: {rule}, got {n_ids}")
+            raise ValueError(f"{where}: tok_ids must be 1 to {n_positions} ids, a position each, got {n_ids}")
         if docs and n_ids != len(docs[0]):
             raise ValueError(f"{where}: tok_ids must be {len(docs[0])} ids as in the first, got {n_ids}")
         if len(wrong := ids[(ids < 0) | (ids >= n_vocab)]):
@@ -581,7 +581,7 @@ def model_card(folder, repo, license, revision):
     sae, figures = msae.MatryoshkaSAE.load(folder), "There was no evaluation on held-out rows."
     if (folder / EVAL).is_file():
         with msae.reading(folder / EVAL, "what eval writes"):
-            found = read_json(folder / EVAL)
+            found = json.loads((folder / EVAL).read_text())
             rows = [[cell(text, row) for text in FIGURES.values()] for row in levels(found)]
             table = "\n".join(f"| {' | '.join(row)} |" for row in ([*FIGURES], ["---"] * len(FIGURES), *rows))
             of = found.get("acts", "held out from training")

@@ -961,13 +961,13 @@ def probe(sae, x, y, seed=0, max_k=5, erased=(1, 2, 5)):
     prefixes = []
     for p in sae.prefixes:
         top = difference[:, :p].abs().topk(min(max_k, p), dim=1).indices
-        codes, codes_test, scores = codes_of(sae, x, top), codes_of(sae, x_test, top), []  # (C, n, max_k)
+        main, scores = difference[:, :p].argmax(dim=1, keepdim=True), []
+        codes, codes_test = codes_of(sae, x, top), codes_of(sae, x_test, torch.cat([top, main], dim=1))
         for k in range(1, top.shape[1] + 1):
             logits = probe_logits(codes_test[:, :, :k], *logistic_regression(codes[:, :, :k], y))
             scores.append(probe_scores(logits > 0, y_test))
         gains = torch.stack([score["f1"] for score in scores]).diff(dim=0) > 0.03
-        main = codes_of(sae, x_test, difference[:, :p].argmax(dim=1, keepdim=True)).squeeze(2)
-        absorbed = (positives & (main == 0)).sum(1) / positives.sum(1)
+        absorbed = (positives & (codes_test[:, :, -1] == 0)).sum(1) / positives.sum(1)
         probes = [{"k": k, "accuracy": mean_known(score["accuracy"]), "f1": mean_known(score["f1"])}
                   for k, score in enumerate(scores, 1)]
         prefixes.append({"latents": p, "probes": probes, "absorption": mean_known(absorbed),
