@@ -13,6 +13,7 @@ import shlex
 import shutil
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import click
@@ -75,6 +76,16 @@ def main():
 def read_json(path):
     with msae.reading(path, "a JSON object"):
         return dict(**json.loads(path.read_text(encoding="utf-8-sig")))  # Windows puts a byte order mark
+
+
+def read_rows(acts, max_norm):
+    """The rows within ``max_norm``, after a word on those beyond."""
+    with warnings.catch_warnings(record=True) as notes:
+        warnings.simplefilter("always")
+        rows = msae.Rows(acts).within(max_norm)
+    for note in notes:
+        console.print(note.message, soft_wrap=True)
+    return rows
 
 
 def new_config(settings, kind=msae.TrainConfig):
@@ -215,8 +226,9 @@ def svg(maps, cell=11):
 
 # ------------------------------------------------------------------------------------------------------ train
 FIGURES = {"latents": "{latents:,}", "FVU": "{fvu:.4f}", "L0": "{l0:.2f}", "cosine": "{max_cosine:.3f}",
-           "dead": "{dead:.2%}"}
-LEGEND = "dead: never fire on these rows; cosine: mean over latents of the largest with another decoder row"
+           "dead": "{dead:.2%}", "silent": "{silent[share]:.2%}"}
+LEGEND = ("cosine: mean over latents of the largest with another decoder row; dead: never fire on these "
+          "{rows:,} rows; silent: did not on the last {silent[rows]:,} training rows")
 
 
 def numbers(text):
@@ -235,6 +247,7 @@ def numbers(text):
 @option("--batch-size", type=int, help="Rows per step, of all processes together.  [default: 2048]")
 @option("--lr", type=float, help="Peak learning rate of Adam.  [default: 0.24 / sqrt(F), at most 0.01]")
 @option("--seed", type=int, help="Of weights, row order and held-out rows.  [default: 0]")
+@option("--max-norm", type=float, help="Leave out rows this many median distances out.  [default: 10]")
 @device_option
 @dtype_option
 @option("--out", type=FOLDER, help="A new folder.  [default: a new one under runs/]")
@@ -251,10 +264,10 @@ def train(acts, device, out, config, spare, baseline, resume, save_minutes, **op
     cfg, beside, figures = run_config(config, spare, options), Path(f"{Path(acts)}.json"), {}
     about = read_json(beside) if beside.is_file() else {}
     about = {key: about[key] for key in ("model_name", "hook_name", "dataset", "base_model") if key in about}
-    rows, held_out = msae.Rows(acts).split_off(0.1, cfg.seed)
     several, on_cuda = "LOCAL_RANK" in os.environ, device.type == "cuda"
     is_first = os.environ.get("RANK", "0") == "0"
     console.quiet = not is_first
+    rows, held_out = read_rows(acts, cfg.max_norm).split_off(0.1, cfg.seed)
     folder = out or default_folder(Path("runs", f"{Path(acts).stem}-{cfg.n_latents}"), resume, is_first)
     runs = [("matryoshka", cfg, folder, resume), ("vanilla", cfg.vanilla(), folder / "vanilla",
                                                   resume and (folder / "vanilla" / msae.STATE).exists())]
@@ -264,11 +277,18 @@ def train(acts, device, out, config, spare, baseline, resume, save_minutes, **op
         if several:
             torch.distributed.init_process_group("nccl" if on_cuda else "gloo")
         for name, own, where, again in runs[: 1 + baseline]:
+            log = []
             with progress(f"{name if baseline else 'train'}  step", own.steps, TRAINING) as show:
                 sae = msae.train(rows, own, device=device, out=where, resume=again, metadata=about,
-                                 on_log=show, save_minutes=save_minutes)
+                                 on_log=lambda found: log.append(found) or show(found),
+                                 save_minutes=save_minutes)
             if is_first:
-                figures[name] = msae.evaluate(sae, held_out)
+                found = figures[name] = figures_of(sae, held_out)
+                if log:  # not where a finished run is resumed
+                    seen = min(own.dead_after, own.steps * own.batch_size)
+                    found["silent"] = {"rows": seen, "share": log[-1]["dead"]}
+                    if log[-1]["dead"] > 0.1:
+                        found["remarks"].append(f"many latents are silent: try --lr {own.lr / 3:.1g}")
                 msae.write(where / EVAL, figures[name])
     except (KeyboardInterrupt, SystemExit, RuntimeError) as error:
         if is_first:
@@ -283,8 +303,9 @@ def train(acts, device, out, config, spare, baseline, resume, save_minutes, **op
             with contextlib.suppress(OSError):  # it holds something
                 folder.rmdir()
                 folder.parent.rmdir()
-    show_table(f"{len(held_out):,} held-out rows", FIGURES, figures, levels)
-    console.print(f"{LEGEND}\n\nsaved {folder}\nload it with  sae = msae.MatryoshkaSAE.load({str(folder)!r})",
+    if is_first:
+        show_figures("held-out rows", FIGURES, figures)
+    console.print(f"\nsaved {folder}\nload it with  sae = msae.MatryoshkaSAE.load({str(folder)!r})",
                   soft_wrap=True)
 
 
@@ -322,6 +343,25 @@ def show_how_to_resume(folder, out):
         click.echo(f"step {steps} is saved in {state.parent}; go on with\n  {shlex.join(words)}", err=True)
 
 
+def figures_of(sae, rows, on_rows=lambda done: None):
+    """What ``evaluate`` finds, and what there is to say of it."""
+    figures = msae.evaluate(sae, rows, on_rows=on_rows)
+    return figures | {"remarks": list(msae.remarks(sae, figures))}
+
+
+def show_figures(title, columns, results):
+    """Table, legend and remarks on what ``figures_of`` found for each name in ``results``."""
+    some = next(iter(results.values()))
+    left_out = f", {some['left_out']:,} too far out to count" if some["left_out"] else ""
+    show_table(f"{some['rows']:,} {title}{left_out}", columns, results, levels)
+    console.print(legend(some), *(f"{name}: {remark}" for name, found in results.items()
+                                  for remark in found["remarks"]), sep="\n", soft_wrap=True)
+
+
+def legend(found):
+    return "; ".join(text for part in LEGEND.split("; ") if (text := cell(part, found)))
+
+
 def levels(found):
     """The figures of each prefix; of the whole SAE, the last, also how many latents fire on which share."""
     counts = found["frequencies"]["counts"]
@@ -332,7 +372,8 @@ def levels(found):
 # --------------------------------------------------------------------------------------- harvest and evaluate
 SPLICED = {"latents": "{latents:,}", "loss": "{spliced:.4f}", "recovered": "{recovered:.1%}"}
 PROBED = {"latents": "{latents:,}", "k=1": "{probes[0][f1]:.3f}", "2": "{probes[1][f1]:.3f}",
-          "5": "{probes[4][f1]:.3f}", "absorbed": "{absorption:.1%}", "split": "{splitting:.1f}"}
+          "5": "{probes[4][f1]:.3f}", "main silent": "{main_silent:.1%}", "absorbed": "{absorption:.1%}",
+          "split": "{splitting:.1f}"}
 ERASED = {"latents": "{latents}", "own label": "{own:.3f}", "others": "{others:.3f}"}  # balanced accuracy
 
 
@@ -409,10 +450,11 @@ def harvest(model_path, layer, device, tokens, max_rows, dtype, out):
 @model_option
 @layer_option
 @device_option
+@option("--max-norm", type=click.FloatRange(1), default=10, help="As for train.")
 @option("--out", type=NEW_FILE, help="JSON file.  [default: eval.json in each checkpoint's folder]")
-def evaluate(checkpoints, acts, labels, tokens, max_tokens, model_path, layer, device, out):
+def evaluate(checkpoints, acts, labels, tokens, max_tokens, model_path, layer, device, max_norm, out):
     """Figures of one or more checkpoints over a whole set of rows, for each prefix."""
-    rows, results = msae.Rows(acts), {}
+    rows, results = read_rows(acts, max_norm), {}
     if labels:
         x, y, label_names = label_rows(labels, rows)
     saes = {path: msae.MatryoshkaSAE.load(path) for path in checkpoints}
@@ -437,12 +479,12 @@ def evaluate(checkpoints, acts, labels, tokens, max_tokens, model_path, layer, d
         if labels:
             found["labels"] = {**msae.probe(sae.cpu(), x, y), "labels": label_names}
         with progress(f"{path}  row", len(rows)) as show:
-            found |= msae.evaluate(sae.to(device), rows, on_rows=show)
+            found |= figures_of(sae.to(device), rows, show)
         if out or Path(path).is_dir():  # not of the Hub
             file = out or Path(path, EVAL)
             msae.write(file, list(results.values()) if out and len(saes) > 1 else found)
             click.echo(f"wrote {file}")
-    show_table(f"{len(rows):,} rows", FIGURES | {"firing 1e-8 to 1": "{bars}"}, results, levels)
+    show_figures("rows", FIGURES | {"firing 1e-8 to 1": "{bars}"}, results)
     if tokens:
         title = "Cross-entropy over {tokens:,} tokens: {clean:.4f}, zeroed {zeroed:.4f}, spliced in"
         show_table(title.format(**found["loss"]), SPLICED, results, lambda each: each["loss"]["prefixes"])
@@ -463,9 +505,10 @@ def label_rows(path, rows, most=20_000):
                          f"got {labels.dtype} {labels.shape} {labels.reshape(-1)[:5]}")
     sizes = [stop - start for _, start, stop in rows.blocks]
     chosen = np.random.default_rng(0).permutation(len(sizes))[: most // max(sizes)]
-    y = labels[np.isin(np.arange(len(sizes)), chosen).repeat(sizes)].astype(np.int64)
+    x, far = rows.keep(chosen).read_all()
+    y = labels[np.isin(np.arange(len(sizes)), chosen).repeat(sizes)][~far.numpy()].astype(np.int64)
     y, names = (y == 1, range(y.shape[1])) if y.ndim == 2 else (y[:, None] == values, values)
-    return rows.keep(chosen).read(), torch.from_numpy(y), [str(name) for name in names]
+    return x[~far], torch.from_numpy(y), [str(name) for name in names]
 
 
 # ------------------------------------------------------------------------------------------------------ bench
@@ -586,7 +629,7 @@ def model_card(folder, repo, license, revision):
             table = "\n".join(f"| {' | '.join(row)} |" for row in ([*FIGURES], ["---"] * len(FIGURES), *rows))
             of = found.get("acts", "held out from training")
             figures = (f"{table}\n\nOn {found['rows']:,} rows ({of}). FVU: squared error over variance; "
-                       f"L0: active latents per row; {LEGEND}.")
+                       f"L0: active latents per row; {legend(found)}.")
     facts = [f"- {name}: {value}" for name, value in sae.metadata.items()]
     base = sae.metadata.get("base_model")
     return CARD.format(

@@ -179,7 +179,7 @@ def aux_loss(sae, x, residual, dead):
 # Uses section 2's ``prefix_lengths``.
 
 LEAST = {"k": 1e-12, "k_start": 1e-12, "lr": 1e-12, "clip": 1e-12, "pareto_power": 1e-9, "n_latents": 1,
-         "n_prefixes": 2, "batch_size": 1, "steps": 1, "dead_after": 1}  # of other numbers 0
+         "max_norm": 1, "n_prefixes": 2, "batch_size": 1, "steps": 1, "dead_after": 1}  # of other numbers 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,6 +206,7 @@ class TrainConfig:
     aux_coef: float = 1 / 32  # weight of the loss that revives dead latents
     dead_after: int = 200_000  # rows without firing that make a latent dead
     clip: float = 1.0  # largest norm of the whole gradient
+    max_norm: float = 10.0  # rows further from the median one, in median distances, are left out
     dtype: str | None = None  # of the products: float32, bfloat16, float16; None: bfloat16 on CUDA
     seed: int = 0
 
@@ -221,6 +222,8 @@ class TrainConfig:
             numbers, least = value if isinstance(value, tuple) else (value,), LEAST.get(name, 0)
             sound = all(type(n) in (int, float) and least <= n < 2**63 for n in numbers)
             _require(sound or isinstance(value, str | None), f"{rule} in [{least}, 2^63)", repr(value))
+        if self.lr is None:
+            object.__setattr__(self, "lr", default_lr(self.n_latents))
         F, k_start, window = self.n_latents, self.k_start or self.k, self.prune_window
         n_prefixes, weights = self.n_prefixes or len(self.prefix_lengths()), self.weights()
         for name, ok, rule in (
@@ -259,7 +262,7 @@ class TrainConfig:
         warmup = min(self.steps // 10, 1000) if self.warmup_steps is None else self.warmup_steps
         rise = (step + 1) / warmup if step < warmup else 1.0
         fall = (self.steps - step) / max(self.decay_fraction * self.steps, 1.0)
-        return (self.lr or default_lr(self.n_latents)) * min(rise, fall, 1.0)
+        return self.lr * min(rise, fall, 1.0)
 
     def k_at(self, step):
         """Active latents per row at step number ``step``."""
@@ -287,19 +290,20 @@ def default_lr(n_latents):
 
 class Trainer:
     """One SAE in training: ``step(x)`` is an optimizer step on raw rows (B, D), ``export()`` the SAE to keep.
-    ``trainer.sae`` sees ``x / scale`` and starts with ``b_dec = mean / scale``: a large mean would silence
-    latents. The smallest entry that a batch keeps is its ``cut``; ``sae.threshold``, by which rows are
-    encoded alone, is the moving average of the cuts."""
+    ``trainer.sae`` sees ``x / scale``, a number or one a dimension, and starts with ``b_dec = mean / scale``:
+    a large mean would silence latents. The smallest entry that a batch keeps is its ``cut``;
+    ``sae.threshold``, by which rows are encoded alone, is the moving average of the cuts."""
 
     def __init__(self, cfg, d_model, device="cpu", mean=0.0, scale=1.0):
-        self.cfg, self.scale, self.device = cfg, float(scale), torch.device(device)
+        self.cfg, self.device = cfg, torch.device(device)
+        self.scale = torch.as_tensor(scale).float().expand(d_model).to(self.device)
         self.dtype = cfg.dtype or ("bfloat16" if self.device.type == "cuda" else "float32")
         kind, low = self.device.type, self.dtype != "float32"
         self.autocast = torch.autocast(kind, getattr(torch, self.dtype), enabled=low)
         self.scaler = torch.amp.GradScaler(kind, enabled=self.dtype == "float16")
         generator = torch.Generator().manual_seed(cfg.seed)
         self.sae = MatryoshkaSAE(d_model, cfg.latents_at(0), None, generator).to(self.device)
-        self.sae.b_dec.data += torch.as_tensor(mean / self.scale).float().to(self.device)
+        self.sae.b_dec.data += torch.as_tensor(mean).float().to(self.device) / self.scale
         eps = 1.5e-5 * cfg.k / cfg.n_latents  # near a rare latent's gradient: below it Adam takes full steps
         betas, fused = tuple(map(float, cfg.betas)), kind in ("cpu", "cuda")
         self.optimizer = torch.optim.Adam(self.sae.parameters(), 0.0, betas, eps, fused=fused)
@@ -418,16 +422,19 @@ class Trainer:
         acts, dead = self.sae.encode(x), self.rows_silent >= self.cfg.dead_after
         error, total = (x - self.sae.decode(acts)).pow(2).sum(), (x - x.mean(dim=0)).pow(2).sum()
         return {"fvu": float(error / total), "l0": float((acts > 0).sum() / len(x)),
-                "dead": float(dead.float().mean()), "threshold": float(self.sae.threshold[0]) * self.scale}
+                "dead": float(dead.float().mean()), "threshold": float(self.sae.threshold[0])}
 
     @torch.no_grad()
     def export(self):
         """A copy for raw rows: scale folded in, latents in prefix order, spare ones left out."""
         keep = self.energy.topk(self.cfg.n_latents).indices.sort().values
         W_enc, b_enc, W_dec, b_dec = self.sae.parameters()
+        W_enc, W_dec = W_enc[:, keep] / self.scale[:, None], W_dec[keep] * self.scale
+        length = W_dec.norm(dim=1)  # goes over into the codes
         sae = MatryoshkaSAE(len(b_dec), len(keep), self.cfg.prefix_lengths(), torch.Generator())
-        sae.load_state_dict({"W_enc": W_enc[:, keep], "b_enc": b_enc[keep] * self.scale, "W_dec": W_dec[keep],
-                             "b_dec": b_dec * self.scale, "threshold": self.sae.threshold[keep] * self.scale})
+        sae.load_state_dict({"W_enc": W_enc * length, "b_enc": b_enc[keep] * length,
+                             "W_dec": W_dec / length[:, None], "b_dec": b_dec * self.scale,
+                             "threshold": self.sae.threshold[keep] * length})
         sae.metadata = {"k": self.cfg.k, "training": dataclasses.asdict(self.cfg)}
         sound = sae.W_dec.any(dim=1).all() and all(tensor.isfinite().all() for tensor in sae.parameters())
         _require(sound, f"training diverged by step {self.steps_done}, try a lower lr: weights", "NaN or 0")
@@ -450,13 +457,13 @@ class Trainer:
 
 @torch.no_grad()
 def calibrate(sae, rows, k, batch_size=2048):
-    """Set the threshold to a mean L0 of ``k`` on raw ``rows`` (n, D), or to 0 where fewer are positive."""
-    n = round(k * len(rows))
-    for floor in (0.5 * float(sae.threshold.max()), 0.0):  # half of the old one: memory for few above it
-        pre = (sae.pre_acts(x.to(sae.b_dec.device)) for x in rows.split(batch_size))
-        above = torch.cat([part[part > floor] for part in pre])
+    """Scale the threshold to a mean L0 of ``k`` on raw ``rows`` (n, D), to 0 where fewer are positive."""
+    n, old = round(k * len(rows)), sae.threshold if sae.threshold.all() else torch.ones_like(sae.threshold)
+    for floor in (0.5, 0.0):  # half of the old one: memory for few above it
+        ratios = (sae.pre_acts(x.to(old.device)) / old for x in rows.split(batch_size))
+        above = torch.cat([part[part > floor] for part in ratios])
         if len(above) > n:
-            sae.threshold.fill_(above.topk(n + 1).values[-1])
+            sae.threshold = old * above.topk(n + 1).values[-1]
             return
     sae.threshold.zero_()
 
@@ -641,16 +648,19 @@ def train(acts, cfg, *, device="cpu", out=None, resume=False, save_minutes=10.0,
 
 def prepare(acts, cfg, device):
     """(new trainer, rows to train on, rows for the final threshold, what marks such a run)."""
-    data, aside = Rows(acts).split_off(0.05, cfg.seed)  # trained on, they would let too few entries pass
+    data = Rows(acts).within(cfg.max_norm)
+    data, aside = data.split_off(0.05, cfg.seed)  # trained on, they would let too few entries pass
     n, world, sample = len(data), rank_and_world()[1], data.split_off(1.0, cfg.seed)[1].read()
     _require(cfg.batch_size % world == 0, f"batch_size must be a multiple of {world}", cfg.batch_size)
     fits = n >= cfg.batch_size and len(data.blocks) >= world
     _require(fits, f"batch_size must be at most the number of training rows {n}", cfg.batch_size)
     mean = sample.mean(dim=0, dtype=torch.float64)
-    scale = float((sample - mean).norm()) / len(sample) ** 0.5
+    spread = (sample - mean).norm(dim=0) / len(sample) ** 0.5  # of each dimension
     least = max(1e-18, 1e-6 * float(mean.norm()))
     rule = f"rows must differ: their rms distance from the mean must lie in ({least:.1g}, 1e18)"
-    _require(least < scale < 1e18, rule, scale)
+    _require(least < float(spread.norm()) < 1e18, rule, float(spread.norm()))
+    stretch = (spread / (10 * spread[spread > 0].median())).clamp_min(1.0)  # a few would hide all the others
+    scale = stretch * (spread / stretch).norm()
     fingerprint = {**dataclasses.asdict(cfg), "rows": n, "processes": world,
                    "checksum of a sample of the rows": hashlib.sha256(sample.numpy()).hexdigest()[:16]}
     return Trainer(cfg, data.d_model, device, mean, scale), data, aside.read(), fingerprint
@@ -733,11 +743,32 @@ class Rows:
             rule = f"{getattr(part, 'filename', source)} must be {D} wide"
             _require(part.shape[1] == D, rule, part.shape[1])
         self.d_model, self.block = D, min(BLOCK, -(-sum(map(len, parts)) // 64))
+        self.centre, self.radius = np.zeros(D, np.float32), math.inf
         self.blocks = [(part, start, min(start + self.block, len(part)))
                        for part in parts for start in range(0, len(part), self.block)]
 
     def __len__(self):
         return sum(stop - start for _, start, stop in self.blocks)
+
+    def within(self, max_norm):
+        """The same rows, but those further from the median row than ``max_norm`` times the median distance,
+        by a sample, are left out wherever rows are read: a few massive ones (the first tokens of many
+        language models) ruin an SAE. More than 5 % are not left out. A limit set before stays."""
+        if self.radius < math.inf:
+            return self
+        chosen, sample = Rows(self), self.split_off(1.0, 0)[1].read()
+        centre = sample.median(dim=0).values
+        distance = (sample - centre).norm(dim=1)
+        median = float(distance.median())
+        far = float((distance > max_norm * median).float().mean())
+        few = median > 0 and far <= 0.05
+        if few:
+            chosen.centre, chosen.radius = centre.numpy(), max_norm * median
+        if far:
+            warnings.warn(f"{far:.2%} of {len(sample):,} sampled rows lie over {max_norm:g} times the median "
+                          f"distance from the median row, up to {distance.max() / median:,.0f} times: "
+                          f"{'left out (max_norm)' if few else 'too many to leave out'}", stacklevel=3)
+        return chosen
 
     def keep(self, numbers):
         """The rows of the blocks with these numbers, in order."""
@@ -751,10 +782,16 @@ class Rows:
         n = min(max(1, round(fraction * len(order))), ASIDE // self.block)
         return self.keep(order[n:]), self.keep(order[:n])
 
-    @np.errstate(over="ignore")  # of float64
     def read(self):
-        """All rows as one tensor (n, D)."""
+        """The rows as one tensor (n, D), in order, without those left out."""
+        rows, far = self.read_all()
+        return rows[~far] if far.any() else rows
+
+    @np.errstate(over="ignore")  # of float64, and of squares
+    def read_all(self):
+        """(All rows (n, D), which of them are too far out (n,))."""
         rows, end = np.empty((len(self), self.d_model), np.float32), 0
+        squares = np.empty(len(rows), np.float32)  # of the distance from the centre
         for part, start, stop in self.blocks:
             block, name = rows[end:end + stop - start], getattr(part, "filename", "the array")
             if isinstance(part, np.memmap):  # plain reads: a map takes memory and dies with its file
@@ -764,10 +801,14 @@ class Rows:
                 block[:] = numbers.reshape(block.shape)
             else:
                 block[:] = part[start:stop]
-            end, finite = end + len(block), np.isfinite(block).all(axis=1)
-            rule = f"{name} must be finite as float32, row {start + finite.argmin()}"
-            _require(finite.all(), rule, "NaN or infinity")
-        return torch.from_numpy(rows)
+            from_centre = block - self.centre
+            squares[end:end + len(block)] = np.einsum("ij,ij->i", from_centre, from_centre)
+            if not np.isfinite(squares[end:end + len(block)]).all():
+                finite = np.isfinite(block).all(axis=1)
+                rule = f"{name} must be finite as float32, row {start + finite.argmin()}"
+                _require(finite.all(), rule, "NaN or infinity")
+            end += len(block)
+        return torch.from_numpy(rows), torch.from_numpy(squares > self.radius**2)
 
     def chunks(self, n=4096):
         """All rows once, in order, as tensors of about ``n`` rows."""
@@ -799,10 +840,12 @@ class Rows:
             blocks = random.permutation(len(self.blocks))[rank::world]
             for place in range(0, len(blocks), per_pool):
                 pool = self.keep(blocks[place:place + per_pool])
-                order = torch.from_numpy(random.permutation(len(pool))[skip:])
+                order = random.permutation(len(pool))
+                if skip < len(pool):
+                    rows, far = pool.read_all()
+                    near = order[~far.numpy()[order]]  # the first ones also take the places of those left out
+                    yield rows, torch.from_numpy(np.resize(near, len(order))[skip:])
                 skip = max(0, skip - len(pool))
-                if len(order):
-                    yield pool.read(), order
 
 
 def as_rows(source):
@@ -880,29 +923,48 @@ def download(repo, names, revision=None, repo_type="model"):
 def evaluate(sae, rows, batch_size=4096, on_rows=lambda done: None):
     """Figures of ``sae`` over all raw ``rows`` (see ``Rows``), in one pass.
     ``fvu = sum |x - recon|^2 / sum |x - mean|^2``, ``l0`` active latents per row, ``dead`` share of latents
-    that never fire here, ``max_cosine`` mean of the largest of a decoder row with another, all but ``dead``
-    by prefix too; ``frequencies``: how many latents fire on a share in [edge, next)."""
+    that never fire on these ``rows`` (their number, beside those ``left_out``), ``max_cosine`` mean of the
+    largest of a decoder row with another, all but ``dead`` by prefix too; ``massive``: how few dimensions
+    hold 90 % of the variance, and the FVU of the others; ``frequencies``: how many latents fire on a share
+    in [edge, next)."""
     rows, levels, device, done = Rows(rows), sae.prefixes, sae.b_dec.device, 0
     sizes, error = np.diff(levels, prepend=0).tolist(), np.zeros(len(levels))
     fired = torch.zeros(len(sae.b_enc), dtype=torch.long, device=device)  # rows where each latent is on
-    sums, squares = torch.zeros(rows.d_model, dtype=torch.float64), 0.0
+    sums, squares, errors = torch.zeros(3, rows.d_model, dtype=torch.float64)  # by dimension
     for x in rows.chunks(batch_size):
         x, done = x.to(device), done + len(x)
         acts, recon = sae.encode(x), sae.b_dec
         fired += (acts > 0).sum(dim=0)
         for i, (block, W_dec) in enumerate(zip(acts.split(sizes, dim=1), sae.W_dec.split(sizes))):
             recon = recon + block @ W_dec
-            error[i] += float((x - recon).pow(2).sum(dim=1).cpu().double().sum())
+            by_dim = (x - recon).square().sum(dim=0).cpu().double()
+            error[i] += float(by_dim.sum())
+        errors += by_dim
         offset = (x - sae.b_dec).cpu().double()  # near the mean, so that the variance does not cancel
         sums += offset.sum(dim=0)
-        squares += float(offset.pow(2).sum())
+        squares += offset.square().sum(dim=0)
         on_rows(done)
-    total, share = squares - float(sums.pow(2).sum()) / done, fired.cpu().double() / done
+    variance, share = squares - sums.square() / done, fired.cpu().double() / done
+    total, (largest, order) = float(variance.sum()), variance.sort(descending=True)
+    n = 1 + int((largest.cumsum(0) < 0.9 * total).sum())
+    massive = {"dims": n, "share": float(largest[:n].sum() / total),
+               "fvu_of_others": mean_known(errors[order[n:]].sum() / largest[n:].sum())}
     prefixes = [{"latents": p, "fvu": e / total if total > 0 else math.nan, "l0": float(share[:p].sum()),
                  "max_cosine": max_cosine(sae.W_dec[:p])} for p, e in zip(levels, error.tolist())]
     counts, edges = np.histogram(share[share > 0].log10().numpy(), bins=16, range=(-8, 0))
-    return {"rows": done, **prefixes[-1], "dead": float((share == 0).double().mean()), "prefixes": prefixes,
+    return {"rows": done, "left_out": len(rows) - done, **prefixes[-1],
+            "dead": float((share == 0).double().mean()), "massive": massive, "prefixes": prefixes,
             "frequencies": {"edges": (10.0**edges).tolist(), "counts": counts.tolist()}}
+
+
+def remarks(sae, figures):
+    """Sentences on what ails the ``figures`` of ``evaluate``, and where to look."""
+    massive, D = figures["massive"], len(sae.b_dec)
+    if massive["dims"] <= max(1, D / 20):
+        yield (f"{massive['dims']} of {D} dimensions hold {massive['share']:.0%} of the variance; FVU of the "
+               f"others {massive['fvu_of_others']:.4f}")
+    if not sae.threshold.any():
+        yield f"only {figures['l0']:.1f} positive entries a row for k = {sae.metadata.get('k')}"
 
 
 def max_cosine(W_dec, block=2048):
@@ -945,10 +1007,12 @@ def loss_recovered(model, module, sae, batches, at="input", drop=()):
 def probe(sae, x, y, seed=0, max_k=5, erased=(1, 2, 5)):
     """How few latents tell labels ``y`` (n, C), booleans, of rows ``x`` (n, D); half the rows are held out.
     ``raw``: logistic regression on the rows. By prefix: ``probes``, the same on the k latents whose mean
-    differs most with the label (Gurnee et al. 2023, arXiv 2305.01610); ``absorption``, the share of the raw
-    probe's true positives on which the latent of largest difference is silent; ``splitting``, how many
-    latents raise F1 by more than 0.03 each (both after Chanin et al. 2024, arXiv 2409.14507, who demand that
-    an absorbing latent be found). ``ValueError`` where a label lacks rows with or without it."""
+    differs most with the label (Gurnee et al. 2023, arXiv 2305.01610); ``splitting``, how many of these
+    latents raise F1 by more than 0.03 each; of the raw probe's true positives, ``main_silent``, the share on
+    which the latent of largest difference is silent, and ``absorption``, on which it and the split ones are,
+    and of the active latents the one that adds most along the probe has a cosine above 0.025 with it (after
+    Chanin et al. 2024, arXiv 2409.14507, who find that latent by its ablation). ``ValueError`` where a label
+    lacks rows with or without it."""
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
     (x, y), (x_test, y_test) = ((x[half].float(), y[half]) for half in order.tensor_split(2))
     rarest = torch.stack([labels.sum(0) for labels in (y, ~y, y_test, ~y_test)]).amin(dim=0)
@@ -967,12 +1031,18 @@ def probe(sae, x, y, seed=0, max_k=5, erased=(1, 2, 5)):
             logits = probe_logits(codes_test[:, :, :k], *logistic_regression(codes[:, :, :k], y))
             scores.append(probe_scores(logits > 0, y_test))
         gains = torch.stack([score["f1"] for score in scores]).diff(dim=0) > 0.03
-        absorbed = (positives & (codes_test[:, :, -1] == 0)).sum(1) / positives.sum(1)
+        splits, silent = 1 + gains.cumprod(dim=0).sum(0), codes_test == 0
+        fires_with = (difference.gather(1, top) > 0) & (torch.arange(top.shape[1]) < splits[:, None])
+        missed = positives & (silent[:, :, :-1] | ~fires_with[:, None]).all(dim=2) & silent[:, :, -1]
+        absorbed = torch.stack([n_absorbed(sae, x_test[rows], p, along) for rows, along in zip(missed, w)])
+        absorbed = absorbed / positives.sum(1)
+        main_silent = (positives & silent[:, :, -1]).sum(1) / positives.sum(1)
         probes = [{"k": k, "accuracy": mean_known(score["accuracy"]), "f1": mean_known(score["f1"])}
                   for k, score in enumerate(scores, 1)]
         prefixes.append({"latents": p, "probes": probes, "absorption": mean_known(absorbed),
+                         "main_silent": mean_known(main_silent),
                          "absorption_by_label": [mean_known(rate) for rate in absorbed],
-                         "splitting": mean_known(1.0 + gains.cumprod(dim=0).sum(0))})
+                         "splitting": mean_known(splits.float())})
     erasure = [erase(sae, n, difference, x_test, y_test, w, raw) for n in erased if n <= len(sae.b_enc)]
     score = probe_scores(raw > 0, y_test)
     return {"rows": len(order), "prefixes": prefixes, "erasure": erasure,
@@ -1011,6 +1081,15 @@ def probe_scores(seen, y):
     recall, rejected = hit.sum(1) / y.sum(1), (~seen & ~y).sum(1) / (~y).sum(1)
     return {"accuracy": (seen == y).float().mean(1), "balanced": (recall + rejected) / 2,
             "f1": 2 * hit.sum(1) / (seen.sum(1) + y.sum(1))}
+
+
+def n_absorbed(sae, rows, prefix, along):
+    """On how many ``rows`` (n, D) the active latent that adds most ``along`` a probe points there itself."""
+    W_dec, n = sae.W_dec[:prefix], torch.zeros(())
+    for part in rows.split(2048):
+        added, latent = (sae.encode(part, prefix) * (W_dec @ along)).max(dim=1)
+        n += ((added > 0) & (nn.functional.cosine_similarity(W_dec[latent], along, dim=1) > 0.025)).sum()
+    return n
 
 
 def codes_of(sae, rows, latents):
