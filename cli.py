@@ -65,8 +65,10 @@ class Commands(click.Group):
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 def main():
-    """Matryoshka sparse autoencoders: train them, look at them, share them."""
+    """Matryoshka sparse autoencoders: train, measure and share them."""
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # not a line for each try of a connection
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal that cannot show a character shows another
     for name in {"SIGINT", "SIGTERM", "SIGHUP"} & {*dir(signal)}:  # Windows has no SIGHUP
         number = getattr(signal, name)
         if signal.getsignal(number) is signal.SIG_DFL:  # one that is ignored stays so
@@ -132,7 +134,8 @@ def progress(label, total, text="{per_second:,.0f}/s"):
         lines.update(task, completed=found["step"], figures=text.format(**found))
         if not console.is_terminal and (found["step"] == total or now - printed > 10):
             printed = now
-            console.print(*(column(lines.tasks[task]) for column in columns), soft_wrap=True)
+            with contextlib.suppress(OSError):  # a closed pipe, a full disk: the work goes on, to be saved
+                console.print(*(column(lines.tasks[task]) for column in columns), soft_wrap=True)
 
     with Progress(*columns, console=console, disable=not console.is_terminal,
                   speed_estimate_period=3600) as lines:  # reports may be rare
@@ -156,7 +159,10 @@ COLOURS = ((13, 8, 42), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 
 @option("--seeds", type=IntRange(min=1), default=1, help="Number of seeds, one after the other.")
 @option("--out", type=FOLDER, default="runs/toy", help="Folder for toy.json and toy.svg.")
 def toy(config, seed, seeds, out):
-    """The absorption experiment: a Matryoshka and a vanilla SAE on a tree of features."""
+    """Show absorption, and its cure, on a tree of features.
+
+    A Matryoshka and a vanilla SAE are trained on the same rows. Files are written after each seed.
+    """
     settings, results = read_json(config), []
     torch.set_num_threads(1)  # 20 x 20 matrices: threads would only wait for each other
     for number in range(seed, seed + seeds):
@@ -170,13 +176,9 @@ def toy(config, seed, seeds, out):
                 saes[name] = msae.train(rows, cfg, on_log=show)
         figures = {name: msae.toy_figures(sae, tree, seed=number + 1_000_003) for name, sae in saes.items()}
         results.append({"seed": number, "seconds": round(time.perf_counter() - started, 1), **figures})
-    pure, norms = torch.eye(len(tree.parent_of)), tree.directions.norm(dim=1)  # one feature, with its parents
-    for parent, child in tree.pairs:
-        pure[child] += pure[parent]
-    acts = {name: msae.matched_acts(sae, tree, pure @ tree.directions)[0] for name, sae in saes.items()}
-    maps = {"true features": pure, **{name: values / norms for name, values in acts.items()}}
-    msae.write(out / "toy.json", results[0] if seeds == 1 else {"seeds": results})
-    msae.write(out / "toy.svg", svg(maps).encode())
+        msae.write(out / "toy.json", results[0] if seeds == 1 else {"seeds": results})
+        maps = pure_maps(tree, saes)
+        msae.write(out / "toy.svg", svg(maps).encode())
     show_table("True features recovered", RECOVERED, {name: toy_rows(name, results) for name in PUBLISHED})
     for rows in zip(*maps.values()) if console.color_system and not console.no_color else ():
         console.print(*("".join(f"[on {colour(a)}] [/]" for a in row) for row in rows), sep="  ", markup=True)
@@ -190,6 +192,15 @@ def toy_setup(settings, seed=0):
         cfg = msae.TrainConfig(**{"n_latents": len(tree.parent_of), **train, "seed": seed})
         return tree, {"matryoshka": cfg, "vanilla": cfg.vanilla()}
     return new_config(settings, kind=setup)
+
+
+def pure_maps(tree, saes):
+    """Matched codes of inputs that are one feature with its parents, {title: (n_features, n_features)}."""
+    pure, norms = torch.eye(len(tree.parent_of)), tree.directions.norm(dim=1)
+    for parent, child in tree.pairs:
+        pure[child] += pure[parent]
+    acts = {name: msae.matched_acts(sae, tree, pure @ tree.directions)[0] for name, sae in saes.items()}
+    return {"true features": pure, **{name: values / norms for name, values in acts.items()}}
 
 
 def toy_rows(name, results):
@@ -239,9 +250,9 @@ def numbers(text):
 @option("--acts", required=True, help="A .npy of floats, (rows, D) or (docs, positions, D), or a folder.")
 @option("--latents", "n_latents", type=int, help="Number of latents F.  [required, here or in --config]")
 @option("--k", type=float, help="Active latents per row, on average.  [default: 30]")
-@option("--prefixes", type=numbers, help="Lengths, or fractions.  [default: .0625,.125,.25,.5,1.0]")
+@option("--prefixes", type=numbers, help="Lengths or fractions.  [default: .0625, .125, .25, .5, 1.0]")
 @option("--pareto", "n_prefixes", type=int, help="Instead, sample this many prefixes at every step.")
-@option("--spare", type=click.FloatRange(0, 1000), help="Spare latents at first, part of F.  [default: 0.25]")
+@option("--spare", type=float, help="Spare latents at first, as a part of F.  [default: 0.25]")
 @option("--baseline", is_flag=True, help="Then train the vanilla twin on the same batches and show both.")
 @option("--steps", type=int, help="Optimizer steps.  [default: 10000]")
 @option("--batch-size", type=int, help="Rows per step, of all processes together.  [default: 2048]")
@@ -255,7 +266,7 @@ def numbers(text):
 @option("--save-minutes", type=float, default=10, help="Minutes between checkpoints.")
 @option("--config", type=OLD_FILE, help="JSON with any TrainConfig fields; options override it.")
 def train(acts, device, out, config, spare, baseline, resume, save_minutes, **options):
-    """Train on activations and save a checkpoint that SAELens opens too.
+    """Train on activations; SAELens opens the checkpoint.
 
     A tenth of the rows (at most 16,384) is set aside in random blocks for the figures at the end (eval.json).
     Ctrl-C saves first; the same command with --resume goes on. With several processes, torchrun takes the
@@ -269,26 +280,32 @@ def train(acts, device, out, config, spare, baseline, resume, save_minutes, **op
     console.quiet = not is_first
     rows, held_out = read_rows(acts, cfg.max_norm).split_off(0.1, cfg.seed)
     folder = out or default_folder(Path("runs", f"{Path(acts).stem}-{cfg.n_latents}"), resume, is_first)
-    runs = [("matryoshka", cfg, folder, resume), ("vanilla", cfg.vanilla(), folder / "vanilla",
-                                                  resume and (folder / "vanilla" / msae.STATE).exists())]
+    runs, log = [("matryoshka", cfg, folder), ("vanilla", cfg.vanilla(), folder / "vanilla")], []
+    epochs = cfg.steps * cfg.batch_size / len(rows)
     try:
+        console.print(f"{len(rows) + len(held_out):,} rows of width {rows.d_model}, {len(held_out):,} held out; "
+                      f"{cfg.steps:,} steps, {epochs:,.1f} epochs; {cfg.k:g} of {cfg.n_latents:,} latents a row; "
+                      f"to {folder}", soft_wrap=True)
+        if resume and not (folder / msae.STATE).exists():
+            console.print("nothing is saved there yet: the run starts")
         if several and on_cuda:
             torch.cuda.set_device(device)
         if several:
             torch.distributed.init_process_group("nccl" if on_cuda else "gloo")
-        for name, own, where, again in runs[: 1 + baseline]:
-            log = []
+        for name, own, where in runs[: 1 + baseline]:
+            log.clear()
             with progress(f"{name if baseline else 'train'}  step", own.steps, TRAINING) as show:
-                sae = msae.train(rows, own, device=device, out=where, resume=again, metadata=about,
+                sae = msae.train(rows, own, device=device, out=where, resume=resume, metadata=about,
                                  on_log=lambda found: log.append(found) or show(found),
                                  save_minutes=save_minutes)
             if is_first:
-                found = figures[name] = figures_of(sae, held_out)
-                if log:  # not where a finished run is resumed
-                    seen = min(own.dead_after, own.steps * own.batch_size)
-                    found["silent"] = {"rows": seen, "share": log[-1]["dead"]}
-                    if log[-1]["dead"] > 0.1:
-                        found["remarks"].append(f"many latents are silent: try --lr {own.lr / 3:.1g}")
+                figures[name] = figures_of(sae, held_out)
+                if log:
+                    share, seen = log[-1]["dead"], min(own.dead_after, own.steps * own.batch_size)
+                    figures[name] |= {"silent": {"rows": seen, "share": share}}
+                    figures[name]["remarks"] += [f"many are silent: try --lr {own.lr / 3:.1g}"] * (share > 0.1)
+                else:
+                    console.print(f"{where} was finished before", soft_wrap=True)
                 msae.write(where / EVAL, figures[name])
     except (KeyboardInterrupt, SystemExit, RuntimeError) as error:
         if is_first:
@@ -305,8 +322,9 @@ def train(acts, device, out, config, spare, baseline, resume, save_minutes, **op
                 folder.parent.rmdir()
     if is_first:
         show_figures("held-out rows", FIGURES, figures)
-    console.print(f"\nsaved {folder}\nload it with  sae = msae.MatryoshkaSAE.load({str(folder)!r})",
-                  soft_wrap=True)
+    console.print(f"\nsaved {folder}\nload it with  sae = msae.MatryoshkaSAE.load({str(folder)!r})\n"
+                  f"measure it    python cli.py eval {folder} --acts OTHERS.npy\n"
+                  f"share it      python cli.py push {folder}", soft_wrap=True)
 
 
 def run_config(path, spare, options):
@@ -315,9 +333,14 @@ def run_config(path, spare, options):
     if options["prefixes"] or options["n_prefixes"]:  # either replaces both
         settings |= {"prefixes": None, "n_prefixes": None}
     settings |= {name: value for name, value in options.items() if value is not None}
+    if "n_latents" not in settings:
+        raise click.UsageError("Missing option '--latents', the number of latents, or n_latents in --config.")
     if spare is not None or "n_latents_start" not in settings:
         n_latents = new_config(settings | {"n_latents_start": None}).n_latents
-        settings["n_latents_start"] = n_latents + round((0.25 if spare is None else spare) * n_latents)
+        spare = 0.25 if spare is None else spare
+        if not 0 <= spare <= 1000:
+            raise click.UsageError(f"--spare must lie in [0, 1000], got {spare}")
+        settings["n_latents_start"] = n_latents + round(spare * n_latents)
     return new_config(settings)
 
 
@@ -424,7 +447,10 @@ def read_tokens(path, n_vocab=10_000, n_positions=256, n_most=math.inf):
 @option("--dtype", type=click.Choice(["float16", "float32"]), default="float16", help="Of the rows.")
 @option("--out", type=NEW_FILE, default="acts.npy", help="A new file.")
 def harvest(model_path, layer, device, tokens, max_rows, dtype, out):
-    """Residual stream activations of TinyModel as rows for train, without those of [BEGIN] and [PAD]."""
+    """Write TinyModel's activations as rows for train.
+
+    They are its residual stream, without that of the tokens [BEGIN] and [PAD].
+    """
     if out.exists():
         raise FileExistsError(f"{out} exists: choose another --out")
     model, hooks, ids = tiny_model(model_path, layer, device, tokens, max_rows)
@@ -453,7 +479,7 @@ def harvest(model_path, layer, device, tokens, max_rows, dtype, out):
 @option("--max-norm", type=click.FloatRange(1), default=10, help="As for train.")
 @option("--out", type=NEW_FILE, help="JSON file.  [default: eval.json in each checkpoint's folder]")
 def evaluate(checkpoints, acts, labels, tokens, max_tokens, model_path, layer, device, max_norm, out):
-    """Figures of one or more checkpoints over a whole set of rows, for each prefix."""
+    """Measure checkpoints on rows, prefix by prefix."""
     rows, results = read_rows(acts, max_norm), {}
     if labels:
         x, y, label_names = label_rows(labels, rows)
@@ -521,7 +547,10 @@ def label_rows(path, rows, most=20_000):
 @device_option
 @dtype_option
 def bench(latents, d_model, batch_size, k, steps, device, dtype):
-    """This machine's training step, beside the encoder product alone, which no SAE can do without."""
+    """Time this machine's training step.
+
+    It is shown beside the encoder product alone, which no SAE can do without.
+    """
     cfg = msae.TrainConfig(latents, k, batch_size=batch_size, dtype=dtype)
     trainer = msae.Trainer(cfg, d_model, device)
     x = torch.randn(batch_size, d_model, device=device) / d_model**0.5
@@ -590,7 +619,10 @@ recon = sae.decode(sae.encode(torch.randn(8, {D})))
 @option("--license", default="mit", help="Of the weights, for the card.")
 @option("--dry-run", is_flag=True, help="Show what would go up, without touching the network.")
 def push(checkpoint, repo, private, token, license, dry_run, revision, create_pr, commit_message):
-    """Upload CHECKPOINT (or the newest in runs/) to REPO on the Hugging Face Hub, with a model card."""
+    """Upload a checkpoint to the Hugging Face Hub.
+
+    CHECKPOINT (the newest in runs/, if not given) goes to REPO, with a model card.
+    """
     weights = max(Path("runs").glob(f"*/{msae.WEIGHTS}"), key=os.path.getmtime, default=None)
     if not (checkpoint or weights):
         raise FileNotFoundError("there is no checkpoint under runs/: train one, or name its folder")

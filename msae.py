@@ -26,6 +26,7 @@ import math
 import mmap
 import os
 import re
+import shutil
 import signal
 import time
 import warnings
@@ -417,9 +418,10 @@ class Trainer:
 
     @torch.no_grad()
     def measure(self, x):
-        """{"fvu", "l0", "dead", "threshold"} on raw ``x``, at the running threshold, with spare latents."""
+        """{"fvu", "l0", "dead", "threshold"} on raw ``x``, by its own largest entries, with spare latents."""
         x = x.to(self.device, torch.float32) / self.scale
-        acts, dead = self.sae.encode(x), self.rows_silent >= self.cfg.dead_after
+        pre, dead = self.sae.pre_acts(x), self.rows_silent >= self.cfg.dead_after
+        acts = pre * (pre >= batch_topk(pre, self.n_kept(len(x)))[0].min())
         error, total = (x - self.sae.decode(acts)).pow(2).sum(), (x - x.mean(dim=0)).pow(2).sum()
         return {"fvu": float(error / total), "l0": float((acts > 0).sum() / len(x)),
                 "dead": float(dead.float().mean()), "threshold": float(self.sae.threshold[0])}
@@ -593,12 +595,13 @@ def train(acts, cfg, *, device="cpu", out=None, resume=False, save_minutes=10.0,
           log_every=50, metadata=None):
     """Train on the rows ``acts`` (see ``Rows``); return the SAE for raw activations.
     ``out``: a new or empty folder for metrics and checkpoint, written at the start, every ``save_minutes``
-    and however the loop ends; ``resume`` goes on from there. SIGINT, SIGTERM and SIGHUP act after a step.
+    and however the loop ends; ``resume`` goes on there, if anything is saved. Signals act after a step.
     ``on_log`` gets {"step", "loss", "fvu", "l0", "dead", "threshold", "rows_per_second"}. ``metadata``: what
     the checkpoint is to say. Under torch.distributed each process takes its share of every batch.
     ``ValueError`` for bad rows, and settings or rows other than those resumed; ``OSError`` for ``out``."""
     _require(not resume or out is not None, "resume needs out, the folder to go on in", out)
     trainer, data, aside, fingerprint = prepare(acts, cfg, device)
+    resume = resume and Path(out, STATE).exists()
     if resume:
         read_state(Path(out), fingerprint, trainer)
     rank, world = rank_and_world()
@@ -621,6 +624,9 @@ def train(acts, cfg, *, device="cpu", out=None, resume=False, save_minutes=10.0,
             folder.mkdir(parents=True, exist_ok=True)
             if held := [file.name for file in folder.iterdir() if file.suffix != ".tmp"]:
                 raise FileExistsError(f"{folder} holds {held[0]}: choose a new or an empty output folder")
+            need = 64 * trainer.sae.W_dec.numel()  # bytes: two weights, moments and the SAE, old and new
+            if need > (free := shutil.disk_usage(folder).free):
+                raise OSError(f"{folder} needs {need / 1e9:.2g} GB for checkpoints, {free / 1e9:.2g} free")
             checkpoint()
         try:
             saved = time.monotonic()
@@ -675,8 +681,6 @@ def write_state(folder, fingerprint, trainer):
 
 def read_state(folder, fingerprint, trainer):
     """Put trainer and metrics where they were; ``ValueError`` names what of settings or rows differs."""
-    if not (folder / STATE).is_file():
-        raise FileNotFoundError(f"{folder} holds no {STATE}: there is nothing to resume")
     with reading(folder / STATE, "the state of such a run"):
         state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
         for name, value in fingerprint.items():
@@ -845,6 +849,7 @@ class Rows:
                     rows, far = pool.read_all()
                     near = order[~far.numpy()[order]]  # the first ones also take the places of those left out
                     yield rows, torch.from_numpy(np.resize(near, len(order))[skip:])
+                    del rows  # before the next is read
                 skip = max(0, skip - len(pool))
 
 
@@ -946,10 +951,11 @@ def evaluate(sae, rows, batch_size=4096, on_rows=lambda done: None):
         on_rows(done)
     variance, share = squares - sums.square() / done, fired.cpu().double() / done
     total, (largest, order) = float(variance.sum()), variance.sort(descending=True)
+    _require(total > 1e-12 * float(squares.sum()), "rows must differ: the sum of their variances", total)
     n = 1 + int((largest.cumsum(0) < 0.9 * total).sum())
     massive = {"dims": n, "share": float(largest[:n].sum() / total),
                "fvu_of_others": mean_known(errors[order[n:]].sum() / largest[n:].sum())}
-    prefixes = [{"latents": p, "fvu": e / total if total > 0 else math.nan, "l0": float(share[:p].sum()),
+    prefixes = [{"latents": p, "fvu": e / total, "l0": float(share[:p].sum()),
                  "max_cosine": max_cosine(sae.W_dec[:p])} for p, e in zip(levels, error.tolist())]
     counts, edges = np.histogram(share[share > 0].log10().numpy(), bins=16, range=(-8, 0))
     return {"rows": done, "left_out": len(rows) - done, **prefixes[-1],
@@ -1295,7 +1301,8 @@ def harvest(model, module, batches, out, at="output", drop=(), dtype="float16", 
             on_rows=lambda done: None):
     """Write the activations of ``module`` in ``model`` to ``out``, a ``.npy`` (rows, D); return their number.
     ``batches``: token ids (B, T), or dicts of what ``model`` takes by name, with "input_ids". Ids in
-    ``drop``, and what an "attention_mask" leaves out, give no row. ``out`` appears when it is whole."""
+    ``drop``, and what an "attention_mask" leaves out, give no row. ``out``, new, appears when it is whole."""
+    _require(not Path(out).exists(), "out must be a new file", out)
     _require(not model.training, "model must be in evaluation mode, model.eval(): training", model.training)
     _require(dtype in ("float16", "float32"), "dtype must be float16 or float32", dtype)
     n, header = 0, {"descr": np.dtype(dtype).str, "fortran_order": False}

@@ -592,7 +592,7 @@ def test_a_resumed_run_is_bit_identical(tmp_path, stop):
 @pytest.mark.parametrize("change, changes, out, names", [
     (np.copy, dict(k=5.0), "run", "k .*4.5, got 5.0"), (np.copy, dict(steps=21), "run", "steps .* got 21"),
     (lambda x: x[1:], {}, "run", "rows"), (lambda x: x * 2, {}, "run", "checksum"),
-    (np.copy, {}, "no", msae.STATE), (np.copy, {}, None, "out")])
+    (np.copy, {}, None, "out")])
 def test_resuming_something_else_is_refused_by_name(tmp_path, change, changes, out, names):
     msae.train(rows(1000), config(), out=tmp_path / "run")
     with pytest.raises((ValueError, OSError), match=names):
@@ -659,6 +659,7 @@ def test_ctrl_c_in_a_shell_saves(here):
     process = subprocess.Popen([sys.executable, HERE / "cli.py", *ENDLESS], stdout=subprocess.PIPE,
                                stderr=subprocess.STDOUT, text=True,
                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    assert process.stdout.readline().startswith("3,000 rows of width 16, 282 held out; 1,000,000 steps")
     assert process.stdout.readline().startswith("train  step 50/")
     process.send_signal(signal.SIGINT)
     assert "--resume" in process.communicate()[0] and process.returncode == 130 and steps_on_disk("new") >= 50
@@ -1024,9 +1025,10 @@ def test_options_override_the_config_and_a_new_run_takes_a_new_folder(here):
 
 
 def test_baseline_trains_the_vanilla_twin_and_resume_finds_the_newest_folder(here):
-    for more in ([], ["--baseline"], ["--baseline", "--resume"]):
+    for more in (["--resume"], ["--baseline"], ["--baseline", "--resume"]):
         output = run(*TRAIN, *more)
-    assert "runs/acts-32-2" in output and set(os.listdir("runs")) == {"acts-32", "acts-32-2"}
+        assert ("nothing is saved there yet" in output) == (more == ["--resume"])
+    assert "runs/acts-32-2/vanilla was finished before" in output and set(os.listdir("runs")) == {"acts-32", "acts-32-2"}
     assert re.search(r"vanilla +32 +0\.\d{4} +\d\.\d\d +0\.\d{3} +\d+\.\d\d%", output)
     ours, vanilla = (msae.MatryoshkaSAE.load(Path("runs/acts-32-2", name)) for name in ("", "vanilla"))
     assert vanilla.prefixes == (32,) and ours.prefixes == (2, 4, 8, 16, 32)
