@@ -27,7 +27,7 @@ from rich.table import Table
 
 import msae
 
-EVAL, DROPPED = "eval.json", (msae.BEGIN, msae.PAD)
+EVALS, DROPPED = "eval*.json", (msae.BEGIN, msae.PAD)  # eval.json, of train, and eval-ROWS.json, of eval
 DATASET, PUBLISHED_TOKENS = "noanabeshima/TinyModelTokIds", ("train.jsonl", "validation.jsonl")
 OLD_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 NEW_FILE, FOLDER = click.Path(dir_okay=False, path_type=Path), click.Path(file_okay=False, path_type=Path)
@@ -306,7 +306,7 @@ def train(acts, device, out, config, spare, baseline, resume, save_minutes, **op
                     figures[name]["remarks"] += [f"many are silent: try --lr {own.lr / 3:.1g}"] * (share > 0.1)
                 else:
                     console.print(f"{where} was finished before", soft_wrap=True)
-                msae.write(where / EVAL, figures[name])
+                msae.write(where / "eval.json", figures[name])
     except (KeyboardInterrupt, SystemExit, RuntimeError) as error:
         if is_first:
             show_how_to_resume(folder, out)
@@ -477,7 +477,7 @@ def harvest(model_path, layer, device, tokens, max_rows, dtype, out):
 @layer_option
 @device_option
 @option("--max-norm", type=click.FloatRange(1), default=10, help="As for train.")
-@option("--out", type=NEW_FILE, help="JSON file.  [default: eval.json in each checkpoint's folder]")
+@option("--out", type=NEW_FILE, help="JSON file.  [default: eval-ACTS.json in each folder]")
 def evaluate(checkpoints, acts, labels, tokens, max_tokens, model_path, layer, device, max_norm, out):
     """Measure checkpoints on rows, prefix by prefix."""
     rows, results = read_rows(acts, max_norm), {}
@@ -507,7 +507,7 @@ def evaluate(checkpoints, acts, labels, tokens, max_tokens, model_path, layer, d
         with progress(f"{path}  row", len(rows)) as show:
             found |= figures_of(sae.to(device), rows, show)
         if out or Path(path).is_dir():  # not of the Hub
-            file = out or Path(path, EVAL)
+            file = out or Path(path, f"eval-{Path(acts).stem}.json")  # beside eval.json of the rows held out
             msae.write(file, list(results.values()) if out and len(saes) > 1 else found)
             click.echo(f"wrote {file}")
     show_figures("rows", FIGURES | {"firing 1e-8 to 1": "{bars}"}, results)
@@ -630,7 +630,7 @@ def push(checkpoint, repo, private, token, license, dry_run, revision, create_pr
     repo = repo or folder.name
     name = repo if "/" in repo else f"YOUR_NAME/{repo}"
     card = model_card(folder, name, license, revision)
-    paths = [folder / name for name in (msae.WEIGHTS, msae.CONFIG, msae.METRICS, EVAL)]
+    paths = [folder / name for name in (msae.WEIGHTS, msae.CONFIG, msae.METRICS)] + sorted(folder.glob(EVALS))
     files = {path.name: path.read_bytes() for path in paths if path.is_file()}
     files |= {"config.json": files[msae.CONFIG], "README.md": card.encode()}  # the Hub counts by the first
     if dry_run:
@@ -654,9 +654,9 @@ def push(checkpoint, repo, private, token, license, dry_run, revision, create_pr
 def model_card(folder, repo, license, revision):
     """The README.md of ``repo``, with a table of eval.json if there is one."""
     sae, figures = msae.MatryoshkaSAE.load(folder), "There was no evaluation on held-out rows."
-    if (folder / EVAL).is_file():
-        with msae.reading(folder / EVAL, "what eval writes"):
-            found = json.loads((folder / EVAL).read_text())
+    if file := max(folder.glob(EVALS), default=None):  # eval.json, if it is there
+        with msae.reading(file, "what eval writes"):
+            found = json.loads(file.read_text())
             rows = [[cell(text, row) for text in FIGURES.values()] for row in levels(found)]
             table = "\n".join(f"| {' | '.join(row)} |" for row in ([*FIGURES], ["---"] * len(FIGURES), *rows))
             of = found.get("acts", "held out from training")

@@ -523,7 +523,7 @@ def test_training_on_massive_rows_is_training_on_the_others(here):
     np.save("massive.npy", data)
     output = run(*TRAIN, "--acts", "massive.npy", "--out", "new")
     assert "left out" in output and re.search(r"2,0\d\d held-out rows, \d\d too far out to count", output)
-    found = json.loads(Path("new", cli.EVAL).read_text())
+    found = json.loads(Path("new", "eval.json").read_text())
     assert found["rows"] + found["left_out"] in range(1900, 2100) and found["left_out"] > 5
     assert re.search(r"19,8\d\d rows, 1\d\d too far out", run("eval", "new", "--acts", "massive.npy"))
 
@@ -1094,12 +1094,31 @@ def test_harvest_train_and_eval_from_tokens_to_a_verdict(here):
                  "--tokens", "ids.jsonl", "--model", "tiny.pt", "--layer", 2, "--max-tokens", 1000)
     assert all(word in output for word in ("recovered", "absorbed", "erasure", "█"))
     for folder, levels in (("new", 5), ("new/vanilla", 1)):
-        found = json.loads(Path(folder, "eval.json").read_text())
+        assert json.loads(Path(folder, "eval.json").read_text())["rows"] < n / 2  # of training, left alone
+        found = json.loads(Path(folder, "eval-rows.json").read_text())
         expected = msae.evaluate(msae.MatryoshkaSAE.load(folder), "rows.npy")
         assert {key: found[key] for key in expected} == expected and found["rows"] == n
         assert all(len(part["prefixes"]) == levels for part in (found, found["loss"], found["labels"]))
         assert found["labels"]["labels"] == ["0", "10", "20"] and found["loss"]["clean"] < 20
         assert sum(found["frequencies"]["counts"]) == round(32 * (1 - found["dead"]))
+
+
+@needs_fork
+@pytest.mark.parametrize("stream", ["closed", "full", "ascii"])
+def test_figures_are_written_whatever_becomes_of_the_terminal(here, stream):
+    def work():
+        if stream == "ascii":
+            sys.stdout.reconfigure(encoding="ascii")
+        else:
+            reading, writing = os.pipe()
+            os.close(reading)
+            os.dup2(writing if stream == "closed" else os.open("/dev/full", os.O_WRONLY), 1)
+        typed(*EVAL)
+
+    process = forked(work, "output")
+    process.join()
+    assert process.exitcode == (0 if stream == "ascii" else 1) and "Traceback" not in Path("output").read_text()
+    assert json.loads(Path("run/eval-acts.json").read_text())["rows"] == 3000
 
 
 @pytest.mark.parametrize("names", [["0", "1", "2"], ["4", "5"]], ids=["columns", "numbers"])
@@ -1196,7 +1215,7 @@ def api(here, monkeypatch):
     return api
 
 
-PUSHED = {"README.md", "cfg.json", "config.json", "eval.json", "metrics.jsonl", "sae_weights.safetensors"}
+PUSHED = {"README.md", "cfg.json", "config.json", "eval-acts.json", "metrics.jsonl", "sae_weights.safetensors"}
 
 
 def test_push_without_arguments_load_and_the_snippets_of_the_card(hub):
@@ -1208,7 +1227,7 @@ def test_push_without_arguments_load_and_the_snippets_of_the_card(hub):
     assert all(pushed[name] == Path("run", name).read_bytes() for name in PUSHED & {*os.listdir("run")})
     ours, local = msae.MatryoshkaSAE.load("ada/mine"), msae.MatryoshkaSAE.load("run")
     assert same(ours, local) and ours.prefixes == local.prefixes and ours.metadata == local.metadata
-    card, found = pushed["README.md"].decode(), json.loads(pushed["eval.json"])
+    card, found = pushed["README.md"].decode(), json.loads(pushed["eval-acts.json"])
     figures = "{fvu:.4f} {l0:.2f} {dead:.2%} {max_cosine:.3f} 3,000".format(**found).split()
     assert found["rows"] == 3000 and all(figure in card for figure in figures) and "| 2 | 0." in card
     snippets, names = re.findall(r"```python\n(.*?)```", card, re.DOTALL), {}
@@ -1233,7 +1252,7 @@ def test_dry_run_shows_files_and_card_and_touches_no_network(api):
     assert not api.create_repo.called and not api.create_commit.called and "YOUR_NAME/run" in output
     assert set(re.findall(r"^ +[\d,]+  (\S+)$", output, re.MULTILINE)) == PUSHED
     assert all(word in output for word in ("library_name: saelens", 'base_model: "ada/tiny"', "ada/rows"))
-    Path("run/eval.json").unlink()
+    Path("run/eval-acts.json").unlink()
     assert "no evaluation" in run("push", "run", "--dry-run")
 
 
@@ -1243,8 +1262,8 @@ def test_a_push_that_cannot_be_is_refused_in_one_line_without_the_token(api):
         getattr(api, stage).side_effect = error
         line = refused("push", "run", "ada/mine", "--token", "hf_x")
         assert "ada/mine" in line and "net" in line and "hf_x" not in line
-    msae.write("run/eval.json", {"fvu": 1})
-    assert "eval.json" in refused("push", "run", "ada/mine")
+    msae.write("run/eval-acts.json", {"fvu": 1})
+    assert "eval-acts.json" in refused("push", "run", "ada/mine")
 
 
 def test_what_the_hub_refuses_is_one_line(hub):
@@ -1451,7 +1470,7 @@ ATTACKS = {  # the command that reads a damaged file; none: its options are bad
     f"run/{msae.METRICS}": RESUME, "toy.json": TOY, "ids.jsonl": HARVEST, "tiny.pt": HARVEST,
     "train.json": "train --acts acts.npy --config train.json --out new".split(),
     "ids.npy": [*HARVEST, "--tokens", "ids.npy"], "labels.npy": [*EVAL, "--labels", "labels.npy"],
-    "run/eval.json": PUSH, "": None,
+    "run/eval-acts.json": PUSH, "": None,
 }
 
 
