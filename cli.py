@@ -283,9 +283,9 @@ def train(acts, device, out, config, spare, baseline, resume, save_minutes, **op
     runs, log = [("matryoshka", cfg, folder), ("vanilla", cfg.vanilla(), folder / "vanilla")], []
     epochs = cfg.steps * cfg.batch_size / len(rows)
     try:
-        console.print(f"{len(rows) + len(held_out):,} rows of width {rows.d_model}, {len(held_out):,} held out; "
-                      f"{cfg.steps:,} steps, {epochs:,.1f} epochs; {cfg.k:g} of {cfg.n_latents:,} latents a row; "
-                      f"to {folder}", soft_wrap=True)
+        console.print(f"{len(rows):,} rows of width {rows.d_model}, {len(held_out):,} more held out; "
+                      f"{cfg.steps:,} steps, {epochs:,.1f} epochs; {cfg.k:g} of {cfg.n_latents:,} latents "
+                      f"a row; to {folder}", soft_wrap=True)
         if resume and not (folder / msae.STATE).exists():
             console.print("nothing is saved there yet: the run starts")
         if several and on_cuda:
@@ -301,9 +301,10 @@ def train(acts, device, out, config, spare, baseline, resume, save_minutes, **op
             if is_first:
                 figures[name] = figures_of(sae, held_out)
                 if log:
-                    share, seen = log[-1]["dead"], min(own.dead_after, own.steps * own.batch_size)
-                    figures[name] |= {"silent": {"rows": seen, "share": share}}
-                    figures[name]["remarks"] += [f"many are silent: try --lr {own.lr / 3:.1g}"] * (share > 0.1)
+                    seen = min(own.dead_after, own.steps * own.batch_size)
+                    figures[name] |= {"silent": {"rows": seen, "share": log[-1]["dead"]}}
+                    if log[-1]["dead"] > 0.1:
+                        figures[name]["remarks"].append(f"many are silent: try --lr {own.lr / 3:.1g}")
                 else:
                     console.print(f"{where} was finished before", soft_wrap=True)
                 msae.write(where / "eval.json", figures[name])

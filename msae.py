@@ -70,7 +70,7 @@ class MatryoshkaSAE(nn.Module):
     def pre_acts(self, x, prefix=None):
         """``relu((x - b_dec) @ W_enc + b_enc)`` of the first ``prefix`` latents: (..., D) -> (..., p)."""
         _require(x.shape[-1:] == self.b_dec.shape, f"x must be {len(self.b_dec)} wide", tuple(x.shape))
-        x = x.to(self.b_dec.dtype) - self.b_dec
+        x = torch.as_tensor(x).to(self.b_dec.dtype) - self.b_dec
         return torch.relu(x @ self.W_enc[:, :prefix] + self.b_enc[:prefix])
 
     def encode(self, x, prefix=None):
@@ -90,12 +90,12 @@ class MatryoshkaSAE(nn.Module):
     def save(self, folder):
         """Write weights and ``cfg.json`` into ``folder``, as SAELens 6 loads them (``load_from_disk``)."""
         metadata = {**self.metadata, "sae_lens_version": "6.0.0", "prefixes": list(self.prefixes)}
-        cfg = {**SAELENS, "d_in": len(self.b_dec), "d_sae": len(self.b_enc), "apply_b_dec_to_input": True,
-               "dtype": "float32", "device": "cpu", "metadata": metadata}
+        cfg = json.dumps({**SAELENS, "d_in": len(self.b_dec), "d_sae": len(self.b_enc), "dtype": "float32",
+                          "apply_b_dec_to_input": True, "device": "cpu", "metadata": metadata}, indent=2)
         tensors = {name: tensor.float().cpu().contiguous() for name, tensor in self.state_dict().items()}
         Path(folder).mkdir(parents=True, exist_ok=True)
         write(Path(folder, WEIGHTS), safetensors.torch.save(tensors))
-        write(Path(folder, CONFIG), cfg)
+        write(Path(folder, CONFIG), cfg.encode())
 
     @classmethod
     def load(cls, source, device="cpu", revision=None):
@@ -857,8 +857,10 @@ def as_rows(source):
     """An array, a tensor or a ``.npy`` file as rows (n, D), checked but for its values."""
     array = read_npy(source) if isinstance(source, (str, os.PathLike)) else source
     if isinstance(array, torch.Tensor):
-        array = (array.float() if array.dtype == torch.bfloat16 else array).detach().cpu().numpy()
-    _require(isinstance(array, np.ndarray), "rows must be an array, a tensor or a path", type(array).__name__)
+        with reading("the tensor", "one of rows"):  # a sparse one, a meta one
+            array = (array.float() if array.dtype == torch.bfloat16 else array).detach().cpu().numpy()
+    plain = isinstance(array, np.ndarray) and not isinstance(array, np.ma.MaskedArray)
+    _require(plain, "rows must be an array, a tensor or a path", type(array).__name__)
     sound = array.dtype.kind == "f" and array.dtype.itemsize <= 8 and array.ndim in (2, 3) and array.size > 0
     rule = f"{getattr(array, 'filename', 'the array')} must hold floats (rows, D) or (docs, positions, D)"
     _require(sound, rule, f"{array.dtype} {array.shape}")
@@ -1268,7 +1270,8 @@ class _Stop(Exception):
 @contextlib.contextmanager
 def activation_hook(module, at="output", replace=None, stop=False):
     """Capture the "input" (first argument given) or "output" (first item) of a ``module``, a tensor per call.
-    ``replace``: a function of that tensor whose result takes its place. ``stop``: end the forward pass."""
+    ``replace``: a function of that tensor whose result takes its place. ``stop``: end the forward pass.
+    ``ValueError`` where the module is not called."""
     _require(at in ("input", "output"), 'at must be "input" or "output"', repr(at))
     captured = []
 
@@ -1290,6 +1293,7 @@ def activation_hook(module, at="output", replace=None, stop=False):
     handle = register(hook, with_kwargs=True)
     try:
         yield captured
+        _require(captured, f"{type(module).__name__} must be called in this context, calls", 0)
     except _Stop:
         pass
     finally:
@@ -1314,7 +1318,7 @@ def harvest(model, module, batches, out, at="output", drop=(), dtype="float16", 
             ids = inputs["input_ids"]
             with activation_hook(module, at, stop=True) as captured:
                 model(ids) if isinstance(batch, torch.Tensor) else model(**inputs)
-            shape, wanted = tuple(captured[0].shape) if captured else "no call", tuple(ids.shape)
+            shape, wanted = tuple(captured[0].shape), tuple(ids.shape)
             _require(shape[:-1] == wanted, f"module must give a vector for each of the ids {wanted}", shape)
             mask = ~torch.isin(ids, torch.tensor(list(drop), device=device, dtype=ids.dtype))
             rows = captured[0][mask & inputs.get("attention_mask", mask).bool()].to(getattr(torch, dtype))
