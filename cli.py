@@ -7,6 +7,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # the imports take seconds: Ctrl-C ends them without a trace
 
 import contextlib
+import itertools
 import json
 import math
 import shlex
@@ -178,7 +179,7 @@ def toy(config, seed, seeds, out):
         results.append({"seed": number, "seconds": round(time.perf_counter() - started, 1), **figures})
         msae.write(out / "toy.json", results[0] if seeds == 1 else {"seeds": results})
         maps = pure_maps(tree, saes)
-        msae.write(out / "toy.svg", svg(maps).encode())
+        msae.write(out / "toy.svg", svg(maps, {parent for parent, _ in tree.pairs}).encode())
     show_table("True features recovered", RECOVERED, {name: toy_rows(name, results) for name in PUBLISHED})
     for rows in zip(*maps.values()) if console.color_system and not console.no_color else ():
         console.print(*("".join(f"[on {colour(a)}] [/]" for a in row) for row in rows), sep="  ", markup=True)
@@ -219,20 +220,36 @@ def colour(value):
     return "#" + "".join(f"{round(np.interp(value, stops, channel)):02x}" for channel in zip(*COLOURS))
 
 
-def svg(maps, cell=11):
-    """The maps as a picture: a row per input, one feature and its parents; a column per matched latent."""
-    side, parts = cell * len(maps["true features"]), []
+def svg(maps, parents, cell=13):
+    """The maps as a picture: a row per input, one feature and its parents; a column per matched latent.
+    ``parents`` are in bold; a ring marks a gap, where a feature is on and its latent silent."""
+    def text(x, y, words, size=11, weight=400):
+        parts.append(f'<text x="{x}" y="{y}" font-size="{size}" font-weight="{weight}">{words}</text>')
+
+    def square(x, y, value, ring=False):
+        parts.append(f'<rect x="{x}" y="{y}" width="{cell - 1}" height="{cell - 1}" fill="{colour(value)}"'
+                     + ring * ' stroke="#0ae" stroke-width="2.5"' + "/>")
+
+    true, parts, n = maps["true features"], [], len(maps["true features"])
+    side, bottom = cell * n, cell * n + 72
     for number, (title, rows) in enumerate(maps.items()):
-        left, bold = 32 + number * (side + 26), 'font-size="14" font-weight="600" fill="#000"'
-        parts.append(f'<text x="{left + side / 2}" y="22" {bold}>{title.capitalize()}</text>')
-        parts += [f'<rect x="{left + j * cell}" y="{34 + i * cell}" width="{cell - 1}" height="{cell - 1}" '
-                  f'fill="{colour(a)}"/>' for i, row in enumerate(rows) for j, a in enumerate(row)]
-    width, height, turned = 98 + 3 * side, side + 62, f'transform="translate(22 {34 + side / 2}) rotate(-90)"'
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" text-anchor="middle" '
-            'font-family="system-ui, sans-serif" font-size="11" fill="#667">\n'
-            '<rect width="100%" height="100%" rx="8" fill="#fff"/>\n' + "\n".join(parts) +
-            f'\n<text {turned}>input: one feature and its parents</text>\n'
-            f'<text x="{width / 2}" y="{side + 52}">feature, or latent matched to it</text>\n</svg>\n')
+        left = 28 + number * (side + 34)
+        text(left + side / 2, 20, title.capitalize(), 14, 600)
+        for i in range(n):
+            for place in ((left - 8, 46 + (i + 0.5) * cell), (left + (i + 0.5) * cell, 37)):
+                text(*place, i, 8, 900 if i in parents else 400)
+            for j in range(n):
+                square(left + j * cell, 43 + i * cell, rows[i, j], true[i, j] > 0.5 and rows[i, j] < 0.1)
+    text(28 + side / 2, bottom, "row: a feature is on, with its parent (bold)")
+    text(62 + 1.5 * side, bottom, "column: the latent matched to a feature")
+    square(54 + 2 * side, bottom - 10, 0, ring=True)
+    text(160 + 2 * side, bottom, "absorbed: on, its latent silent")
+    for i in range(6):
+        square(3 * side + cell * i, bottom - 10, i / 5)
+    text(3 * side + 6 * cell / 2, bottom + 14, "0 to 1", 8)
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {3 * side + 106} {bottom + 20}" '
+            'font-family="system-ui, sans-serif" text-anchor="middle" fill="#556">\n'
+            '<rect width="100%" height="100%" rx="8" fill="#fff"/>\n' + "\n".join(parts) + "\n</svg>\n")
 
 
 # ------------------------------------------------------------------------------------------------------ train

@@ -282,7 +282,7 @@ def test_schedules():
     assert [cfg.lr_at(s) for s in (0, 9, 50, 80, 90, 99)] == pytest.approx([0.1, 1, 1, 1, 0.5, 0.05])
     assert [cfg.k_at(s) for s in (0, 2, 4, 99)] == [8, 6, 4, 4]
     assert [cfg.latents_at(s) for s in (0, 50, 60, 61, 80, 89, 90, 99)] == [36, 36, 35, 35, 33, 33, 32, 32]
-    assert cfg.weights() == [0.25, 0.25, 0.5]
+    assert cfg.weights() == config().weights() == [0.25, 0.25, 0.5] and cfg.vanilla().weights() == [1]
     assert [msae.default_lr(n) for n in (20, 1600, 6400)] == pytest.approx([0.01, 6e-3, 3e-3])
 
 
@@ -1012,7 +1012,7 @@ def test_toy_command_writes_figures_and_picture(here):
     assert all(word in output for word in ("matryoshka", "vanilla", "published"))
     report = json.loads(Path("toys/toy.json").read_text())["seeds"]
     assert [each["seed"] for each in report] == [3, 4] and report[0]["matryoshka"]["features"] == 20
-    assert Path("toys/toy.svg").read_text().count("<rect") == 3 * 400 + 1
+    assert Path("toys/toy.svg").read_text().count("<rect") == 3 * 400 + 8
 
 
 def test_options_override_the_config_and_a_new_run_takes_a_new_folder(here):
