@@ -273,7 +273,7 @@ def numbers(text):
 @option("--baseline", is_flag=True, help="Then train the vanilla twin on the same batches and show both.")
 @option("--steps", type=int, help="Optimizer steps.  [default: 10000]")
 @option("--batch-size", type=int, help="Rows per step, of all processes together.  [default: 2048]")
-@option("--lr", type=float, help="Peak learning rate of Adam.  [default: 0.24 / sqrt(F), at most 0.01]")
+@option("--lr", type=float, help="Peak learning rate of Adam.  [default: by F, batch size and steps]")
 @option("--seed", type=int, help="Of weights, row order and held-out rows.  [default: 0]")
 @option("--max-norm", type=float, help="Leave out rows this many median distances out.  [default: 10]")
 @device_option

@@ -196,7 +196,7 @@ class TrainConfig:
     order: str = "stored"  # "energy": latents are sorted by their mean square
     batch_size: int = 2048  # rows
     steps: int = 10_000
-    lr: float | None = None  # Adam's peak rate; None: default_lr(n_latents)
+    lr: float | None = None  # Adam's peak rate; None: default_lr(...)
     betas: tuple = (0.9, 0.999)
     warmup_steps: int | None = None  # of linear rise from 0; None: a tenth of the steps, at most 1000
     decay_fraction: float = 0.2  # of the steps, at the end, of linear fall to 0
@@ -224,7 +224,7 @@ class TrainConfig:
             sound = all(type(n) in (int, float) and least <= n < 2**63 for n in numbers)
             _require(sound or isinstance(value, str | None), f"{rule} in [{least}, 2^63)", repr(value))
         if self.lr is None:
-            object.__setattr__(self, "lr", default_lr(self.n_latents))
+            object.__setattr__(self, "lr", default_lr(self.n_latents, self.batch_size, self.steps))
         F, k_start, window = self.n_latents, self.k_start or self.k, self.prune_window
         n_prefixes, weights = self.n_prefixes or len(self.prefix_lengths()), self.weights()
         for name, ok, rule in (
@@ -280,9 +280,9 @@ class TrainConfig:
         return self.n_latents + min(spare, left * group)
 
 
-def default_lr(n_latents):
-    """Adam's peak learning rate, ``min(0.01, 0.24 / sqrt(n_latents))``, after sweeps (README)."""
-    return min(0.01, 0.24 / math.sqrt(n_latents))
+def default_lr(n_latents, batch_size, steps):
+    """Adam's peak rate ``min(0.01, 0.0165 (batch_size / steps)^(1/4) / n_latents^(1/6))``; sweeps: README."""
+    return min(0.01, 0.0165 * (batch_size / steps) ** 0.25 / n_latents ** (1 / 6))
 
 
 # ------------------------------------------- 4. the trainer
