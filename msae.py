@@ -162,14 +162,13 @@ def nested_loss(x, acts, W_dec, b_dec, prefixes, weights=None):
     return loss
 
 
-def aux_loss(sae, x, residual, dead):
-    """AuxK: ``mean |residual - a @ W_dec[dead]|^2 / mean |residual - mean|^2``, a scalar, about 1.
-    ``residual (B, D)`` is a constant; ``a`` keeps per row the ``min(D / 2, n_dead)`` largest of ``relu(pre)``
-    among the latents ``dead`` (indices). Gao et al. 2024, section A.2."""
-    residual = residual.detach()
-    pre = torch.relu((x - sae.b_dec.detach()) @ sae.W_enc[:, dead] + sae.b_enc[dead])
-    values, index = pre.topk(min(x.shape[1] // 2 or 1, len(dead)), dim=1)
-    recon = torch.zeros_like(pre).scatter(1, index, values) @ sae.W_dec[dead]
+def aux_loss(x, residual, W_enc, b_enc, W_dec):
+    """AuxK: ``mean |residual - a @ W_dec|^2 / mean |residual - mean|^2``, a scalar, about 1.
+    ``x (B, D)`` is without ``b_dec``, ``residual (B, D)`` a constant, the weights those of the m dead latents
+    alone; ``a`` keeps per row the ``min(D / 2, m)`` largest of ``relu(pre)``. Gao et al. 2024, section A.2."""
+    pre = torch.relu(x @ W_enc + b_enc)  # (B, m)
+    values, index = pre.topk(min(x.shape[1] // 2 or 1, len(b_enc)), dim=1)
+    recon = torch.zeros_like(pre).scatter(1, index, values) @ W_dec
     spread = (residual - residual.mean(dim=0)).pow(2).sum(dim=1).mean()
     return (residual - recon).pow(2).sum(dim=1).mean() / spread.clamp_min(1e-12)
 
@@ -341,14 +340,19 @@ class Trainer:
 
     def revive(self, x, values, index):
         """Add the gradients of AuxK on the dead latents, if there are any; return its part of the loss."""
-        dead, F = (self.rows_silent >= self.cfg.dead_after).nonzero().squeeze(1), len(self.energy)
+        dead, F, sae = (self.rows_silent >= self.cfg.dead_after).nonzero().squeeze(1), len(self.energy), self.sae
         if len(dead) == 0 or self.cfg.aux_coef == 0:
             return 0.0
         starts = torch.searchsorted(index // F, torch.arange(len(x) + 1, device=index.device))
-        recon = weighted_row_sums(values, index % F, starts, self.sae.W_dec.detach())
+        x = x - sae.b_dec.detach()
+        residual = x - weighted_row_sums(values, index % F, starts, sae.W_dec.detach())
+        places = (sae.W_enc, 1), (sae.b_enc, 0), (sae.W_dec, 0)
+        # copies of their rows: through the whole matrices, autograd would fill as large ones with zeros
+        leaves = [weight.detach().index_select(dim, dead).requires_grad_() for weight, dim in places]
         with self.autocast:
-            loss = self.cfg.aux_coef * aux_loss(self.sae, x, x - self.sae.b_dec - recon, dead)
-        self.scaler.scale(loss).backward()
+            loss = self.cfg.aux_coef * aux_loss(x, residual, *leaves)
+        for (weight, dim), grad in zip(places, torch.autograd.grad(self.scaler.scale(loss), leaves)):
+            weight.grad.index_add_(dim, dead, grad)
         return loss.detach()
 
     def n_kept(self, rows):

@@ -229,19 +229,20 @@ def test_one_prefix_is_the_plain_batch_topk_sae():
 
 
 def test_aux_loss_equals_its_formula_and_moves_only_the_dead_latents():
-    g = torch.Generator().manual_seed(1)
-    sae, dead, others, total = msae.MatryoshkaSAE(4, 6, generator=g), [1, 3, 4], [0, 2, 5], 0.0
-    x, residual = torch.randn(2, 5, 4, generator=g)
-    for e, pre in zip(residual, sae.pre_acts(x).detach()):
+    trainer, dead, total = msae.Trainer(config(n_latents=6, prefixes=None), 4), [1, 3, 4], 0.0
+    sae, x = trainer.sae, torch.randn(5, 4, generator=torch.Generator().manual_seed(1))
+    weights = sae.W_enc, sae.b_enc, sae.W_dec
+    for e, pre in zip(x, sae.pre_acts(x)):  # nothing is kept, so the residual is x
         top = sorted(dead, key=lambda j: pre[j])[-2:]  # the two (D / 2) largest of three dead latents
         total += (e - sum(pre[j] * sae.W_dec[j] for j in top)).pow(2).sum()
-    expected = total / (residual - residual.mean(dim=0)).pow(2).sum()
-    loss = msae.aux_loss(sae, x, residual, torch.tensor(dead))
-    torch.testing.assert_close(loss, expected)
-    loss.backward()
-    W_enc, b_enc, W_dec, b_dec = (parameter.grad for parameter in sae.parameters())
-    assert W_enc[:, dead].norm() > 0 and b_enc[dead].norm() > 0 and W_dec[dead].norm() > 0 and b_dec is None
-    assert W_enc[:, others].norm() == b_enc[others].norm() == W_dec[others].norm() == 0
+    expected = trainer.cfg.aux_coef * total / (x - x.mean(dim=0)).pow(2).sum()
+    trainer.rows_silent[dead] = trainer.cfg.dead_after
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    loss = trainer.revive(x, torch.zeros(0), torch.zeros(0, dtype=torch.long))
+    torch.testing.assert_close(loss, expected.detach())
+    for weight, grad in zip(weights, torch.autograd.grad(expected, weights)):
+        torch.testing.assert_close(weight.grad, 1 + grad)
 
 
 @pytest.mark.parametrize("floor", [0.0, 0.5, 100.0])
