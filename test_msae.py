@@ -205,12 +205,30 @@ STEPS = {
 }
 
 
+class Oracle(msae.Trainer):
+    """Takes the gradients of ``batch_loss`` by autograd."""
+
+    def gradients(self, x):
+        sae, n = self.sae, self.n_kept(len(x))
+        self.optimizer.zero_grad()
+        x = x + sae.b_dec.detach()
+        loss = msae.batch_loss(sae, x, n, self.step_prefixes(), self.cfg.weights())
+        loss.backward()
+        values, index = msae.batch_topk(sae.pre_acts(x).detach(), n)
+        acts = torch.zeros(len(x) * len(self.energy)).index_put((index,), values).view(len(x), -1)
+        R = (sae.decode(acts) - x).detach()[:, None]  # of one block
+        return values, index, loss.detach(), R, int((self.rows_silent >= self.cfg.dead_after).sum())
+
+
+@pytest.mark.parametrize("in_blocks", [True, False], ids=["in blocks", "at once"])
 @pytest.mark.parametrize("changes", STEPS.values(), ids=STEPS.keys())
-def test_sparse_step_equals_the_dense_step(changes):
+def test_sparse_step_equals_the_dense_step(changes, in_blocks):
     cfg = config(clip=1e9, **changes)
-    sparse, dense = (msae.Trainer(cfg, 16, scale=4.0) for _ in range(2))
-    sparse.fast, dense.fast = True, False
-    for x in torch.from_numpy(rows(cfg.batch_size * 5, mean=0.3)).split(cfg.batch_size):
+    sparse, dense = (kind(cfg, 16, scale=4.0) for kind in (msae.Trainer, Oracle))
+    sparse.in_blocks = in_blocks  # False: as on a GPU
+    batches = torch.from_numpy(rows(cfg.batch_size * 5, mean=0.3)).split(cfg.batch_size)
+    for x, wrong in zip(batches, (1, 1, 100, 0.01, 1)):  # above 0.9 of such a cut lie too few, or too many
+        sparse.cut *= wrong
         torch.testing.assert_close(sparse.step(x), dense.step(x), rtol=1e-5, atol=0)
         for a, b in zip(sparse.sae.parameters(), dense.sae.parameters()):
             assert a.grad is b.grad is None or (a.grad - b.grad).norm() <= 1e-5 * b.grad.norm()
@@ -239,7 +257,7 @@ def test_aux_loss_equals_its_formula_and_moves_only_the_dead_latents():
     trainer.rows_silent[dead] = trainer.cfg.dead_after
     for weight in weights:
         weight.grad = torch.ones_like(weight)
-    loss = trainer.revive(x, torch.zeros(0), torch.zeros(0, dtype=torch.long))
+    loss = trainer.revive(x, -x[:, None], len(dead))
     torch.testing.assert_close(loss, expected.detach())
     for weight, grad in zip(weights, torch.autograd.grad(expected, weights)):
         torch.testing.assert_close(weight.grad, 1 + grad)
@@ -257,7 +275,7 @@ def test_the_n_largest_of_the_whole_batch_are_kept_in_row_major_order(monkeypatc
     values, index = msae.batch_topk(pre, n)
     assert torch.equal(values, pre.flatten()[index]) and (index.diff() > 0).all()
     assert sorted(values.tolist()) == largest
-    values, index = msae.sparse_topk(x, W_enc, b_enc + bias, n, floor)  # drops those that are 0
+    values, index, _ = msae.sparse_topk(x, W_enc, b_enc + bias, n, floor)  # drops those that are 0
     assert torch.equal(values, pre.flatten()[index]) and (index.diff() > 0).all()
     assert sorted(values.tolist()) == [value for value in largest if value > 0]
 
@@ -1412,9 +1430,8 @@ def test_a_diverged_run_is_refused_and_not_saved(tmp_path, steps):
 def test_no_drift_over_many_steps_and_both_paths_end_alike():
     cfg = config(steps=300, lr=0.01, n_latents_start=40, dead_after=3200)
     data, fvu = torch.from_numpy(rows(24_000)), []
-    for fast in (True, False):
-        trainer = msae.Trainer(cfg, 16, mean=data.mean(dim=0), scale=12.0)
-        trainer.fast = fast
+    for kind in (msae.Trainer, Oracle):
+        trainer = kind(cfg, 16, mean=data.mean(dim=0), scale=12.0)
         for x in itertools.islice(msae.Rows(data[:20_000]).batches(64, 0), cfg.steps):
             trainer.step(x)
         sae = trainer.export()
