@@ -505,10 +505,12 @@ def label_rows(path, rows, most=20_000):
                          f"got {labels.dtype} {labels.shape} {labels.reshape(-1)[:5]}")
     sizes = [stop - start for _, start, stop in rows.blocks]
     chosen = np.random.default_rng(0).permutation(len(sizes))[: most // max(sizes)]
-    x, far = rows.keep(chosen).read_all()
-    y = labels[np.isin(np.arange(len(sizes)), chosen).repeat(sizes)][~far.numpy()].astype(np.int64)
+    part = rows.keep(chosen)
+    x = part.read_all()
+    near = ~part.too_far(x)
+    y = labels[np.isin(np.arange(len(sizes)), chosen).repeat(sizes)][near.numpy()].astype(np.int64)
     y, names = (y == 1, range(y.shape[1])) if y.ndim == 2 else (y[:, None] == values, values)
-    return x[~far], torch.from_numpy(y), [str(name) for name in names]
+    return x[near].float(), torch.from_numpy(y), [str(name) for name in names]
 
 
 # ------------------------------------------------------------------------------------------------------ bench

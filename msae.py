@@ -632,7 +632,8 @@ def train(acts, cfg, *, device="cpu", out=None, resume=False, save_minutes=10.0,
         read_state(Path(out), fingerprint, trainer)
     rank, world = rank_and_world()
     folder = None if out is None or rank > 0 else Path(out)
-    batches = data.batches(cfg.batch_size // world, cfg.seed, trainer.steps_done, rank, world)
+    batches = data.batches(cfg.batch_size // world, cfg.seed, trainer.steps_done, rank, world,
+                           trainer.device)
     started, first_step = time.monotonic(), trainer.steps_done
 
     def checkpoint():
@@ -749,9 +750,9 @@ def rank_and_world():
 # Activation rows of any number, read in random order; files written whole; what the Hub has.
 # Uses numpy, torch and, to download, huggingface_hub.
 
-BLOCK = 256         # consecutive rows, at most, that are read, and set aside, together
+BLOCK, BLOCK_BYTES = 256, 2**19  # consecutive rows, at most, that are read, and set aside, together
 ASIDE = 16_384      # rows, at most, that are set aside
-POOL_BYTES = 2**28  # of float32 rows, whose order is mixed; two such pools are in memory
+POOL_BYTES = 2**30  # of rows whose order is mixed; two such pools are in memory
 
 
 class Rows:
@@ -771,8 +772,10 @@ class Rows:
         for part in parts:
             rule = f"{getattr(part, 'filename', source)} must be {D} wide"
             _require(part.shape[1] == D, rule, part.shape[1])
-        self.d_model, self.block = D, min(BLOCK, -(-sum(map(len, parts)) // 64))
-        self.centre, self.radius = np.zeros(D, np.float32), math.inf
+        self.dtype = np.dtype("f2" if all(part.dtype == "f2" for part in parts) else "f4")  # in memory
+        by_bytes, self.d_model = max(1, BLOCK_BYTES // (D * self.dtype.itemsize)), D
+        self.block = min(BLOCK, by_bytes, -(-sum(map(len, parts)) // 64))
+        self.centre, self.radius = torch.zeros(D), math.inf
         self.blocks = [(part, start, min(start + self.block, len(part)))
                        for part in parts for start in range(0, len(part), self.block)]
 
@@ -792,7 +795,7 @@ class Rows:
         far = float((distance > max_norm * median).float().mean())
         few = median > 0 and far <= 0.05
         if few:
-            chosen.centre, chosen.radius = centre.numpy(), max_norm * median
+            chosen.centre, chosen.radius = centre, max_norm * median
         if far:
             warnings.warn(f"{far:.2%} of {len(sample):,} sampled rows lie over {max_norm:g} times the median "
                           f"distance from the median row, up to {distance.max() / median:,.0f} times: "
@@ -812,58 +815,75 @@ class Rows:
         return self.keep(order[n:]), self.keep(order[:n])
 
     def read(self):
-        """The rows as one tensor (n, D), in order, without those left out."""
-        rows, far = self.read_all()
-        return rows[~far] if far.any() else rows
+        """The rows as one float32 tensor (n, D), in order, without those left out."""
+        rows = self.read_all()
+        far = self.too_far(rows)
+        return (rows[~far] if far.any() else rows).float()
 
-    @np.errstate(over="ignore")  # of float64, and of squares
-    def read_all(self):
-        """(All rows (n, D), which of them are too far out (n,))."""
-        rows, end = np.empty((len(self), self.d_model), np.float32), 0
-        squares = np.empty(len(rows), np.float32)  # of the distance from the centre
+    @np.errstate(over="ignore")  # of float64
+    def read_all(self, memory=None):
+        """All rows (n, D), in ``memory`` if given, as float16 if that is what all files hold, or float32."""
+        memory, end = np.empty((len(self), self.d_model), self.dtype) if memory is None else memory, 0
         for part, start, stop in self.blocks:
-            block, name = rows[end:end + stop - start], getattr(part, "filename", "the array")
-            if isinstance(part, np.memmap):  # plain reads: a map takes memory and dies with its file
-                offset = part.offset + start * part.strides[0]
-                numbers = np.fromfile(name, part.dtype, block.size, offset=offset)
-                _require(len(numbers) == block.size, f"{name} must not shrink while it is read, rows", stop)
-                block[:] = numbers.reshape(block.shape)
-            else:
+            block, end = memory[end:end + stop - start], end + stop - start
+            if not isinstance(part, np.memmap):
                 block[:] = part[start:stop]
-            from_centre = block - self.centre
-            squares[end:end + len(block)] = np.einsum("ij,ij->i", from_centre, from_centre)
-            if not np.isfinite(squares[end:end + len(block)]).all():
-                finite = np.isfinite(block).all(axis=1)
-                rule = f"{name} must be finite as float32, row {start + finite.argmin()}"
-                _require(finite.all(), rule, "NaN or infinity")
-            end += len(block)
-        return torch.from_numpy(rows), torch.from_numpy(squares > self.radius**2)
+                continue
+            with open(part.filename, "rb", buffering=0) as file:  # a map takes memory and dies with its file
+                file.seek(part.offset + start * part.strides[0])
+                numbers = block if part.dtype == self.dtype else np.empty(block.shape, part.dtype)
+                whole = file.readinto(numbers) == numbers.nbytes
+            _require(whole, f"{part.filename} must not shrink while it is read, rows", stop)
+            if numbers is not block:
+                block[:] = numbers
+        return torch.from_numpy(memory[:end])
+
+    def too_far(self, rows):
+        """Which of all its ``rows`` (n, D), on any device, are left out: (n,)."""
+        size = max(1, (2**16 if rows.device.type == "cpu" else 2**26) // self.d_model)  # that stay in a cache
+        parts, centre = rows.split(size), self.centre.to(rows.device)
+        distance = torch.empty(len(rows), device=rows.device)
+        for part, out in zip(parts, distance.split(size)):
+            torch.linalg.vector_norm(part - centre, dim=1, out=out)
+        if not distance.isfinite().all():  # of large numbers the squares are not
+            finite = torch.cat([part.isfinite().all(dim=1) for part in parts]).cpu().numpy()
+            ends = np.cumsum([stop - start for _, start, stop in self.blocks])
+            number = int(np.searchsorted(ends, finite.argmin(), side="right"))
+            part, _, stop = self.blocks[number]
+            rule = f"{getattr(part, 'filename', 'the array')} must be finite as float32, row"
+            _require(finite.all(), f"{rule} {stop - ends[number] + finite.argmin()}", "NaN or infinity")
+        return distance > self.radius
 
     def chunks(self, n=4096):
         """All rows once, in order, as tensors of about ``n`` rows."""
         numbers, per_chunk = range(len(self.blocks)), max(1, n // self.block)
         return (self.keep(numbers[place:place + per_chunk]).read() for place in numbers[::per_chunk])
 
-    def batches(self, batch_size, seed, start=0, rank=0, world=1):
+    def batches(self, batch_size, seed, start=0, rank=0, world=1, device="cpu"):
         """Endless batches (batch_size, D) from number ``start`` on; each row once an epoch, in seeded order.
-        Blocks are permuted, and the rows of a pool of blocks again, so memory is bounded by two pools: a
-        background thread reads the next. Of ``world`` processes, ``rank`` reads every ``world``-th block."""
-        pools, batch = self._pools(seed, start * batch_size, rank, world), torch.empty(0, self.d_model)
+        Blocks are permuted, and the rows of a pool of blocks again, on the ``device``: two pools are there, as
+        a background thread reads the next. Of ``world`` processes, ``rank`` reads every ``world``-th block."""
+        pools = self._pools(seed, start * batch_size, rank, world, torch.device(device))
+        batch = torch.empty(0, self.d_model, device=device)
         with ThreadPoolExecutor(1) as thread:
             ahead = thread.submit(next, pools)
             while True:
                 (rows, order), ahead = ahead.result(), thread.submit(next, pools)
+                for tensor in (rows, order) if rows.is_cuda else ():  # made on another stream
+                    tensor.record_stream(torch.cuda.current_stream(device))
                 ends = range(batch_size - len(batch), len(order), batch_size)
                 for taken in order.tensor_split(tuple(ends)):
-                    part = rows.index_select(0, taken)
+                    part = rows.index_select(0, taken).float()
                     batch = torch.cat([batch, part]) if len(batch) else part
                     if len(batch) == batch_size:
                         yield batch
                         batch = batch[:0]
 
-    def _pools(self, seed, skip, rank, world):
+    def _pools(self, seed, skip, rank, world, device):
         """Endless (rows, the order in which they are taken), but for the first ``skip`` rows."""
-        per_pool = max(1, POOL_BYTES // (4 * self.block * self.d_model))
+        per_pool = max(1, POOL_BYTES // (self.block * self.d_model * self.dtype.itemsize))
+        shape = min(per_pool, -(-len(self.blocks) // world)) * self.block, self.d_model
+        memory = itertools.cycle([np.empty(shape, self.dtype), np.empty(shape, self.dtype)])  # fresh is slow
         for epoch in itertools.count():
             random = np.random.default_rng([seed, epoch])
             blocks = random.permutation(len(self.blocks))[rank::world]
@@ -871,9 +891,13 @@ class Rows:
                 pool = self.keep(blocks[place:place + per_pool])
                 order = random.permutation(len(pool))
                 if skip < len(pool):
-                    rows, far = pool.read_all()
-                    near = order[~far.numpy()[order]]  # the first ones also take the places of those left out
-                    yield rows, torch.from_numpy(np.resize(near, len(order))[skip:])
+                    rows = pool.read_all(next(memory))
+                    with torch.cuda.stream(torch.cuda.Stream(device) if device.type == "cuda" else None):
+                        rows = rows.to(device)  # beside the steps
+                        near = order[~pool.too_far(rows).cpu().numpy()[order]]
+                        # the first ones also take the places of those left out
+                        order = torch.from_numpy(np.resize(near, len(order))[skip:]).to(device)
+                    yield rows, order
                 skip = max(0, skip - len(pool))
 
 
