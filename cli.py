@@ -523,11 +523,13 @@ def label_rows(path, rows, most=20_000):
 @device_option
 @dtype_option
 def bench(latents, d_model, batch_size, k, steps, device, dtype):
-    """This machine's training step, beside the encoder product alone, which no SAE can do without."""
-    cfg = msae.TrainConfig(latents, k, batch_size=batch_size, dtype=dtype)
+    """This machine's training step, with the spare latents with which ``train`` starts, beside the encoder
+    product of these alone, which no SAE can do without."""
+    cfg = msae.TrainConfig(latents, k, batch_size=batch_size, dtype=dtype,
+                           n_latents_start=latents + round(0.25 * latents))
     trainer = msae.Trainer(cfg, d_model, device)
     x = torch.randn(batch_size, d_model, device=device) / d_model**0.5
-    a, W = (t.to(getattr(torch, trainer.dtype)) for t in (x, torch.randn(d_model, latents, device=device)))
+    a, W = (t.to(getattr(torch, trainer.dtype)) for t in (x, torch.randn(d_model, cfg.n_latents_start, device=device)))
     product = a @ W
 
     def seconds(call):
@@ -538,8 +540,8 @@ def bench(latents, d_model, batch_size, k, steps, device, dtype):
     pairs = [(seconds(lambda: torch.mm(a, W, out=product)), seconds(lambda: trainer.step(x)))
              for _ in range(steps + 3)]
     alone, step = np.median(pairs[3:], axis=0)  # in turn, so that drift cancels
-    click.echo(f"batch {batch_size:,}, width {d_model:,}, {latents:,} latents, k {k:g}, "
-               f"{len(trainer.step_prefixes())} prefixes, {trainer.dtype} on {device}\n\n"
+    click.echo(f"batch {batch_size:,}, width {d_model:,}, {latents:,} + {cfg.n_latents_start - latents:,} spare latents, "
+               f"k {k:g}, {len(trainer.step_prefixes())} prefixes, {trainer.dtype} on {device}\n\n"
                f"encoder product alone  {1e3 * alone:,.1f} ms\n"
                f"training step          {1e3 * step:,.1f} ms, {step / alone:.2f} x the product\n"
                f"rows per second        {batch_size / step:,.0f}")

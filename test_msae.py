@@ -1133,7 +1133,7 @@ def test_the_labels_of_some_of_many_rows_stay_beside_them(here, names):
 def test_every_help_shows_an_example_and_bench_the_step_beside_the_product():
     for command in ("toy", "train", "harvest", "eval", "push", "bench"):
         assert f"python cli.py {command}" in run(command, "--help") and command in run("--help")
-    assert re.search("(?s)encoder product alone.* x the product.*MiB", run(*BENCH))
+    assert re.search("(?s)8 . 2 spare latents.*encoder product alone.* x the product.*MiB", run(*BENCH))
 
 
 # ----------------------------------------------------------------------------------- the Hub and neighbours
