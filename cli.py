@@ -529,7 +529,7 @@ def bench(latents, d_model, batch_size, k, steps, device, dtype):
                            n_latents_start=latents + round(0.25 * latents))
     trainer = msae.Trainer(cfg, d_model, device)
     x = torch.randn(batch_size, d_model, device=device) / d_model**0.5
-    a, W = (t.to(getattr(torch, trainer.dtype)) for t in (x, torch.randn(d_model, cfg.n_latents_start, device=device)))
+    a, W = (t.to(getattr(torch, trainer.dtype)) for t in (x, trainer.sae.W_enc.detach()))
     product = a @ W
 
     def seconds(call):
@@ -540,7 +540,8 @@ def bench(latents, d_model, batch_size, k, steps, device, dtype):
     pairs = [(seconds(lambda: torch.mm(a, W, out=product)), seconds(lambda: trainer.step(x)))
              for _ in range(steps + 3)]
     alone, step = np.median(pairs[3:], axis=0)  # in turn, so that drift cancels
-    click.echo(f"batch {batch_size:,}, width {d_model:,}, {latents:,} + {cfg.n_latents_start - latents:,} spare latents, "
+    spare = W.shape[1] - latents
+    click.echo(f"batch {batch_size:,}, width {d_model:,}, {latents:,} + {spare:,} spare latents, "
                f"k {k:g}, {len(trainer.step_prefixes())} prefixes, {trainer.dtype} on {device}\n\n"
                f"encoder product alone  {1e3 * alone:,.1f} ms\n"
                f"training step          {1e3 * step:,.1f} ms, {step / alone:.2f} x the product\n"

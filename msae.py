@@ -314,8 +314,8 @@ class Trainer:
         betas, fused = tuple(map(float, cfg.betas)), kind in ("cpu", "cuda")
         self.optimizer = torch.optim.Adam(self.sae.parameters(), 0.0, betas, eps, fused=fused)
         self.in_blocks = kind == "cpu" and not low  # that stay in the cache; else whole matrices at once
-        self.buffer = None  # of the gradients, kept as fresh memory is slow
-        self.stop = False   # a wish to end the run; after a step of several processes, whether any has it
+        self.buffer = torch.empty(0, device=self.device)  # for the gradients, kept as fresh memory is slow
+        self.stop = False  # a wish to end the run; after a step of several processes, whether any has it
         self.steps_done = 0
         self.rows_silent = torch.zeros_like(self.sae.b_enc.data, dtype=torch.long)  # since each latent fired
         self.energy = torch.zeros_like(self.sae.b_enc.data)                         # running mean of acts^2
@@ -323,9 +323,15 @@ class Trainer:
 
     def step(self, x):
         """Take one optimizer step on raw rows ``x`` (B, D); return the loss, a scalar on the device."""
-        x = x.to(self.device, torch.float32, non_blocking=True) / self.scale - self.sae.b_dec.detach()
-        values, index, loss, R, n_dead = self.gradients(x)
-        loss = self.observe(values, index, loss + self.revive(x, R, n_dead), len(x))
+        x = x.to(self.device, torch.float32, non_blocking=True) / self.scale
+        x -= self.sae.b_dec.detach()
+        dead = self.rows_silent >= self.cfg.dead_after
+        n_dead = dead.sum().to("cpu", non_blocking=True)  # a GPU has told when it starts with the gradients
+        told = self.device.type == "cuda" and torch.cuda.current_stream(self.device).record_event()
+        values, index, loss = self.gradients(x)
+        if told:
+            told.synchronize()
+        loss = self.observe(values, index, loss + self.revive(x, values, index, dead, int(n_dead)), len(x))
         self.optimize()
         self.steps_done += 1
         n, by_energy = self.cfg.latents_at(self.steps_done), self.cfg.order == "energy"
@@ -336,39 +342,28 @@ class Trainer:
     @torch.no_grad()
     def gradients(self, x):
         """Write those of ``batch_loss`` on ``x`` (B, D), here and below without ``b_dec``; return the entries
-        kept (n,), their positions, the loss, the ``R`` of ``sparse_loss`` and the number of dead latents."""
+        kept (n,), their row-major positions, and the loss."""
         sae, n, prefixes = self.sae, self.n_kept(len(x)), self.step_prefixes()
-        shape = len(x), len(prefixes), x.shape[1]
-        if self.buffer is None or self.buffer.shape != shape:
-            self.buffer = x.new_empty(shape)
-        # the cut seldom falls by a tenth from one step to the next; where it does, all is done again
-        for select in (sparse_topk if self.in_blocks else screened_topk, full_topk):
-            with self.autocast:
-                values, index, n_found = select(x, sae.W_enc, sae.b_enc, n, 0.9 * self.cut)
-            counts = torch.stack([n_found, (self.rows_silent >= self.cfg.dead_after).sum()])
-            counts = counts.to("cpu", non_blocking=True)
-            copied = self.device.type == "cuda" and torch.cuda.current_stream(self.device).record_event()
-            loss, d_values, starts, R = sparse_loss(x, values, index, prefixes, self.cfg.weights(), sae.W_dec,
-                                                    self.buffer)
-            latent = index % len(self.energy)
-            write_gradients(sae, x, values, d_values, latent, starts, self.buffer, self.in_blocks)
-            if copied:
-                copied.synchronize()  # not a wait: the GPU has the gradients still to do
-            n_found, n_dead = counts.tolist()
-            if n <= n_found < 2 * n:
-                return values, index, loss, R, n_dead
+        with self.autocast:
+            select = sparse_topk if self.in_blocks else full_topk
+            values, index = select(x, sae.W_enc, sae.b_enc, n, self.cut)
+        G = self.buffer.resize_(len(x), len(prefixes), x.shape[1])
+        loss, *entries = sparse_loss(x, values, index, prefixes, self.cfg.weights(), sae.W_dec, G)
+        write_gradients(sae, x, values, *entries, G, self.in_blocks)
+        return values, index, loss
 
-    def revive(self, x, R, n_dead):
-        """Add the gradients of AuxK on the dead latents, if there are any; return its part of the loss."""
+    def revive(self, x, values, index, dead, n_dead):
+        """Add the gradients of AuxK on the latents that are ``dead``; return its part of the loss."""
         if n_dead == 0 or self.cfg.aux_coef == 0:
             return 0.0
-        silent, sae = self.rows_silent >= self.cfg.dead_after, self.sae
-        dead = torch.nonzero_static(silent, size=n_dead).squeeze(1)
+        sae, dead = self.sae, torch.nonzero_static(dead, size=n_dead).squeeze(1)
+        starts = torch.searchsorted(index // len(sae.b_enc), torch.arange(len(x) + 1, device=index.device))
+        residual = x - weighted_row_sums(values, index % len(sae.b_enc), starts, sae.W_dec.detach())
         places = (sae.W_enc, 1), (sae.b_enc, 0), (sae.W_dec, 0)
         # copies of their rows: through the whole matrices, autograd would fill as large ones with zeros
         leaves = [weight.detach().index_select(dim, dead).requires_grad_() for weight, dim in places]
         with self.autocast:
-            loss = aux_loss(x, -R.sum(dim=1), *leaves)
+            loss = aux_loss(x, residual, *leaves)
         grads = torch.autograd.grad(len(x) * loss, leaves)  # times B: float16 would lose those of the mean
         for (weight, dim), grad in zip(places, grads):
             weight.grad.index_add_(dim, dead, grad, alpha=self.cfg.aux_coef / len(x))
@@ -497,75 +492,62 @@ def calibrate(sae, rows, k, batch_size=2048):
 CACHED = 1 << 19  # numbers that stay in a core's cache until their next use: 2 MiB of float32
 
 
-def full_topk(x, W_enc, b_enc, n, floor=None):
-    """``batch_topk`` of ``relu(x @ W_enc + b_enc)``, as float32, and ``n``."""
-    values, index = batch_topk(torch.addmm(b_enc, x, W_enc).relu(), n)
-    return values.float(), index, torch.full((), n, device=x.device)
+def full_topk(x, W_enc, b_enc, n, cut=None):
+    """``batch_topk`` of ``relu(x @ W_enc + b_enc)``, as float32. Its shapes are known: no wait for a GPU."""
+    values, index = batch_topk(torch.addmm(b_enc, x, W_enc), n)
+    return values.float().clamp_min(0), index
 
 
-def screened_topk(x, W_enc, b_enc, n, floor):
-    """What ``full_topk`` returns, if at least ``n`` and less than ``2 n`` entries lie above ``floor``; their
-    number is the third. All shapes are known before, so nothing waits for a GPU; 0 fills what is lacking."""
-    pre = torch.addmm(b_enc, x, W_enc).flatten()
-    index = torch.nonzero_static(pre > floor, size=2 * n).squeeze(1)  # -1 beyond those found
-    n_found, lacks, index = (index >= 0).sum(), index < 0, index.clamp_min(0)
-    values, kept = pre[index].float().masked_fill(lacks, 0).topk(n, sorted=False)
-    index, order = index[kept].sort()
-    return values[order], index, n_found
-
-
-def sparse_topk(x, W_enc, b_enc, n, floor=0.0):
-    """What ``full_topk`` returns, without zeros, on a CPU: it looks above ``floor`` first, then lower."""
-    if floor <= 0:  # then a little below the cut of a sample
-        sample_pre = torch.addmm(b_enc, x[:: max(1, len(x) // 64)], W_enc).flatten()
-        share = n / len(x) / W_enc.shape[1]
-        floor = max(0.0, 0.7 * float(sample_pre.topk(max(1, round(share * len(sample_pre)))).values[-1]))
-    for start in (float(floor), float(floor) / 2, 0.0):
-        values, index = entries_above(start, x, W_enc, b_enc)
-        if len(values) >= n:
-            break
-    keep = np.argpartition(values, -n)[-n:] if len(values) > n else slice(None)
-    values, index = values[keep], index[keep]
-    order = np.argsort(index)
-    return torch.from_numpy(values[order]), torch.from_numpy(index[order]), torch.tensor(n)
-
-
-def entries_above(floor, x, W_enc, b_enc):
-    """Values and row-major positions of the entries of ``x @ W_enc + b_enc`` above ``floor``, as arrays.
-    The one dense product of a step, a few latents at a time: their block is searched in the cache."""
+def sparse_topk(x, W_enc, b_enc, n, cut):
+    """The same on a CPU, faster where the ``cut``, the smallest of them, is about that of the last step. The
+    one dense product of a step is made a few latents at a time: their block is searched in the cache."""
     (B, _), F, parts = x.shape, len(b_enc), []
     width = max(1, 4 * CACHED // B)  # 4: each number is read once only
-    for start in range(0, F, width):
+    for start in range(0, F if cut > 0 else 0, width):
         end = min(start + width, F)
-        pre = torch.addmm(b_enc[start:end], x, W_enc[:, start:end]).numpy().ravel()
-        above = np.flatnonzero(pre > floor)  # 3 ms for 6 million numbers, torch 14
+        pre = torch.addmm(b_enc[start:end], x, W_enc[:, start:end])
+        above = np.flatnonzero((pre > 0.9 * cut).numpy())  # 3 ms for 6 million numbers, torch 14
         row, latent = np.divmod(above, end - start)
-        parts.append((pre[above], row * F + latent + start))
-    return map(np.concatenate, zip(*parts))
+        parts.append((pre.numpy().ravel()[above], row * F + latent + start))
+    if sum(len(values) for values, _ in parts) < n:  # it fell by more than a tenth, or few are positive
+        return full_topk(x, W_enc, b_enc, n)
+    values, index = map(np.concatenate, zip(*parts))
+    keep = np.argpartition(values, -n)[-n:]
+    keep = torch.from_numpy(keep[index[keep].argsort()])
+    return torch.from_numpy(values)[keep], torch.from_numpy(index)[keep]
 
 
 def sparse_loss(x, values, index, prefixes, weights, W_dec, G):
-    """``nested_loss`` of sparse codes, gradients in closed form: (loss, d_values (n,), starts (B P + 1,), R),
-    into ``G`` (B, P, D) the others. In row ``b`` the block of latents that ends with prefix ``p`` has the
-    ``values`` from ``starts[b P + p]`` to the next start, which decode to ``R_p``; ``R_1`` takes ``-x`` in,
+    """``nested_loss`` of sparse codes and gradients in closed form: (loss, d_values (n,), latent (n,),
+    row_block (n,)), into ``G`` (B, P, D) the others. In row ``b`` the block of latents that ends with prefix
+    ``p`` has the ``values`` with ``row_block = b P + p``, which decode to ``R_p``; ``R_1`` takes ``-x`` in,
     without ``b_dec``. So prefix ``p`` leaves ``sum_{i <= p} R_i``, and the loss is a quadratic form:
 
         L = 1/2 sum_b sum_ij K_ij <R_i, R_j>,  K_ij = 2/B sum_{p >= max(i, j)} w_p
 
     Hence ``dL/dR = G = K R`` and ``d_values = <G_j, W_dec>``, by autograd of the sums that are ``R``."""
-    (B, P, _), F, device = G.shape, len(W_dec), x.device
-    ends = torch.tensor(prefixes).to(device, non_blocking=True)
-    ends = (torch.arange(0, B * F, F, device=device)[:, None] + ends).flatten()
-    starts = nn.functional.pad(torch.searchsorted(index, ends), (1, 0))
-    with torch.enable_grad():
-        leaf = values.detach().requires_grad_()
-        decoded = weighted_row_sums(leaf, index % F, starts, W_dec.detach())
-    R = decoded.detach().view_as(G)
-    R[:, 0] -= x
-    weight_from = torch.tensor([2 / B * sum(weights[p:]) for p in range(P)]).to(device, non_blocking=True)
-    torch.matmul(torch.minimum(weight_from, weight_from[:, None]), R, out=G)
-    d_values = torch.autograd.grad(decoded, leaf, G.flatten(0, 1))[0] * (values > 0)
-    return (values @ d_values - (G[:, 0] * x).sum()) / 2, d_values, starts, R
+    (B, P, D), F, device = G.shape, len(W_dec), x.device
+    prefixes, weight_from = (torch.tensor(numbers).to(device, non_blocking=True) for numbers in (
+        prefixes, [2 / B * sum(weights[p:]) for p in range(P)]))
+    K, latent = torch.minimum(weight_from, weight_from[:, None]), index % F
+    row_block = index // F * P + torch.bucketize(latent, prefixes, right=True)
+    starts = torch.searchsorted(row_block, torch.arange(B * P + 1, device=device))
+    # on a CPU a part at a time: 16 MiB of memory are used again, more would be fresh, which is slow
+    size = max(1, 8 * CACHED // (P * D)) if device.type == "cpu" else B
+    firsts = range(0, B * P, size * P)
+    cuts, d_values = [0, *(int(starts[first]) for first in firsts[1:]), len(values)], torch.empty_like(values)
+    for x_part, G_part, first, start, end in zip(x.split(size), G.split(size), firsts, cuts, cuts[1:]):
+        with torch.enable_grad():
+            leaf = values[start:end].detach().requires_grad_()
+            part = starts[first:first + size * P + 1] - start
+            decoded = weighted_row_sums(leaf, latent[start:end], part, W_dec.detach())
+        R = decoded.detach().view_as(G_part)
+        R[:, 0] -= x_part
+        torch.matmul(K, R, out=G_part)
+        d_values[start:end] = torch.autograd.grad(decoded, leaf, G_part.flatten(0, 1))[0]
+    d_values *= values > 0
+    loss = (values @ d_values - torch.linalg.vecdot(G[:, 0], x).sum()) / 2
+    return loss, d_values, latent, row_block
 
 
 def weighted_row_sums(values, index, starts, rows):
@@ -573,24 +555,22 @@ def weighted_row_sums(values, index, starts, rows):
     return nn.functional.embedding_bag(index, rows, starts[:-1], mode="sum", per_sample_weights=values)
 
 
-def write_gradients(sae, x, values, d_values, latent, starts, G, in_blocks):
+def write_gradients(sae, x, values, d_values, latent, row_block, G, in_blocks):
     """All gradients, into the parameters' ``grad``, whose memory is kept: sums over the active entries.
     ``dW_dec = A_j.T @ G_j`` for the latents of block ``j``, ``dW_enc = x.T @ dA``, ``db_enc`` the column sums
     of ``dA``, ``db_dec = sum_B G_1 - W_enc @ db_enc``."""
-    (B, P, _), F, device = G.shape, len(sae.W_dec), G.device
+    P, F = G.shape[1], len(sae.W_dec)
     for parameter in sae.parameters():
         if parameter.grad is None:
             parameter.grad = torch.empty_like(parameter)
-    if device.type == "cpu":  # numpy sorts 61,000 numbers of 16 bits by radix: 0.5 ms, torch 2.5
+    if G.device.type == "cpu":  # numpy sorts 61,000 numbers of 16 bits by radix: 0.5 ms, torch 2.5
         keys = latent.numpy().astype(np.uint16 if F <= 1 << 16 else np.int64)
         order = torch.from_numpy(np.argsort(keys, kind="stable"))
     else:
         order = latent.argsort(stable=True)
-    row_block = torch.arange(B * P, device=device).repeat_interleave(starts.diff(), output_size=len(order))
-    row_block, ends = row_block[order], torch.arange(F + 1, device=device)
-    starts = torch.searchsorted(latent[order], ends)
-    sums_by_latent(sae.W_dec.grad, values[order], row_block, starts, G.flatten(0, 1), in_blocks)
-    sums_by_latent(sae.W_enc.grad.T, d_values[order], row_block // P, starts, x, in_blocks)
+    starts = torch.searchsorted(latent[order], torch.arange(F + 1, device=G.device))
+    sums_by_latent(sae.W_dec.grad, values[order], row_block[order], starts, G.flatten(0, 1), in_blocks)
+    sums_by_latent(sae.W_enc.grad.T, d_values[order], row_block[order] // P, starts, x, in_blocks)
     sae.b_enc.grad.zero_().index_add_(0, latent, d_values)
     torch.sub(G[:, 0].sum(dim=0), sae.W_enc @ sae.b_enc.grad, out=sae.b_dec.grad)
 
@@ -606,9 +586,9 @@ def sums_by_latent(out, values, index, starts, rows, in_blocks):
             out[start:start + size] = weighted_row_sums(values[part], index[part], ends - ends[0], rows)
     else:
         cuts = torch.cat([starts, torch.arange(0, len(index), 64, device=out.device)]).sort().values
-        parts = weighted_row_sums(values, index, cuts, rows)
-        numbers = torch.arange(len(parts), device=out.device)
-        out.copy_(weighted_row_sums(None, numbers, torch.searchsorted(cuts, starts), parts))
+        numbers = torch.arange(len(cuts) - 1, device=out.device)
+        rows = weighted_row_sums(values, index, cuts, rows)
+        out.copy_(weighted_row_sums(None, numbers, torch.searchsorted(cuts, starts), rows))
 
 
 # -------------------------------------------------- 6. runs
@@ -841,17 +821,14 @@ class Rows:
     def too_far(self, rows):
         """Which of all its ``rows`` (n, D), on any device, are left out: (n,)."""
         size = max(1, (2**16 if rows.device.type == "cpu" else 2**26) // self.d_model)  # that stay in a cache
-        parts, centre = rows.split(size), self.centre.to(rows.device)
-        distance = torch.empty(len(rows), device=rows.device)
-        for part, out in zip(parts, distance.split(size)):
+        centre, distance = self.centre.to(rows.device), torch.empty(len(rows), device=rows.device)
+        for part, out in zip(rows.split(size), distance.split(size)):
             torch.linalg.vector_norm(part - centre, dim=1, out=out)
-        if not distance.isfinite().all():  # of large numbers the squares are not
-            finite = torch.cat([part.isfinite().all(dim=1) for part in parts]).cpu().numpy()
-            ends = np.cumsum([stop - start for _, start, stop in self.blocks])
-            number = int(np.searchsorted(ends, finite.argmin(), side="right"))
-            part, _, stop = self.blocks[number]
-            rule = f"{getattr(part, 'filename', 'the array')} must be finite as float32, row"
-            _require(finite.all(), f"{rule} {stop - ends[number] + finite.argmin()}", "NaN or infinity")
+        if not distance.isfinite().all():
+            for part, start, stop in self.blocks:  # of large numbers only the squares are not finite
+                finite, rows = rows[:stop - start].isfinite().all(dim=1), rows[stop - start:]
+                rule = f"{getattr(part, 'filename', 'the array')} must be finite as float32, row"
+                _require(finite.all(), f"{rule} {start + int(finite.int().argmin())}", "NaN or infinity")
         return distance > self.radius
 
     def chunks(self, n=4096):
@@ -861,8 +838,8 @@ class Rows:
 
     def batches(self, batch_size, seed, start=0, rank=0, world=1, device="cpu"):
         """Endless batches (batch_size, D) from number ``start`` on; each row once an epoch, in seeded order.
-        Blocks are permuted, and the rows of a pool of blocks again, on the ``device``: two pools are there, as
-        a background thread reads the next. Of ``world`` processes, ``rank`` reads every ``world``-th block."""
+        Blocks are permuted, and the rows of a pool of blocks again, on the ``device``. Two pools are there: a
+        background thread reads the next. Of ``world`` processes, ``rank`` reads every ``world``-th block."""
         pools = self._pools(seed, start * batch_size, rank, world, torch.device(device))
         batch = torch.empty(0, self.d_model, device=device)
         with ThreadPoolExecutor(1) as thread:

@@ -215,9 +215,7 @@ class Oracle(msae.Trainer):
         loss = msae.batch_loss(sae, x, n, self.step_prefixes(), self.cfg.weights())
         loss.backward()
         values, index = msae.batch_topk(sae.pre_acts(x).detach(), n)
-        acts = torch.zeros(len(x) * len(self.energy)).index_put((index,), values).view(len(x), -1)
-        R = (sae.decode(acts) - x).detach()[:, None]  # of one block
-        return values, index, loss.detach(), R, int((self.rows_silent >= self.cfg.dead_after).sum())
+        return values, index, loss.detach()
 
 
 @pytest.mark.parametrize("in_blocks", [True, False], ids=["in blocks", "at once"])
@@ -227,7 +225,7 @@ def test_sparse_step_equals_the_dense_step(changes, in_blocks):
     sparse, dense = (kind(cfg, 16, scale=4.0) for kind in (msae.Trainer, Oracle))
     sparse.in_blocks = in_blocks  # False: as on a GPU
     batches = torch.from_numpy(rows(cfg.batch_size * 5, mean=0.3)).split(cfg.batch_size)
-    for x, wrong in zip(batches, (1, 1, 100, 0.01, 1)):  # above 0.9 of such a cut lie too few, or too many
+    for x, wrong in zip(batches, (1, 1, 100, 0.01, 1)):  # above 0.9 of such a cut lie too few, or many
         sparse.cut *= wrong
         torch.testing.assert_close(sparse.step(x), dense.step(x), rtol=1e-5, atol=0)
         for a, b in zip(sparse.sae.parameters(), dense.sae.parameters()):
@@ -254,19 +252,19 @@ def test_aux_loss_equals_its_formula_and_moves_only_the_dead_latents():
         top = sorted(dead, key=lambda j: pre[j])[-2:]  # the two (D / 2) largest of three dead latents
         total += (e - sum(pre[j] * sae.W_dec[j] for j in top)).pow(2).sum()
     expected = trainer.cfg.aux_coef * total / (x - x.mean(dim=0)).pow(2).sum()
-    trainer.rows_silent[dead] = trainer.cfg.dead_after
     for weight in weights:
         weight.grad = torch.ones_like(weight)
-    loss = trainer.revive(x, -x[:, None], len(dead))
+    is_dead = torch.tensor([latent in dead for latent in range(6)])
+    loss = trainer.revive(x, torch.zeros(0), torch.zeros(0, dtype=torch.long), is_dead, len(dead))
     torch.testing.assert_close(loss, expected.detach())
     for weight, grad in zip(weights, torch.autograd.grad(expected, weights)):
         torch.testing.assert_close(weight.grad, 1 + grad)
 
 
-@pytest.mark.parametrize("floor", [0.0, 0.5, 100.0])
+@pytest.mark.parametrize("cut", [0.0, 0.5, 100.0])
 @pytest.mark.parametrize("n, bias", [(17, 0.0), (260, 0.0), (17, -9.0)],
                          ids=["some", "all positive", "none positive"])
-def test_the_n_largest_of_the_whole_batch_are_kept_in_row_major_order(monkeypatch, n, bias, floor):
+def test_the_n_largest_of_the_whole_batch_are_kept_in_row_major_order(monkeypatch, n, bias, cut):
     monkeypatch.setattr(msae, "CACHED", 10)  # blocks of 5 latents
     g = torch.Generator().manual_seed(0)
     x, W_enc, b_enc = (torch.randint(-2, 3, shape, generator=g).float() for shape in ((8, 6), (6, 33), (33,)))
@@ -275,9 +273,10 @@ def test_the_n_largest_of_the_whole_batch_are_kept_in_row_major_order(monkeypatc
     values, index = msae.batch_topk(pre, n)
     assert torch.equal(values, pre.flatten()[index]) and (index.diff() > 0).all()
     assert sorted(values.tolist()) == largest
-    values, index, _ = msae.sparse_topk(x, W_enc, b_enc + bias, n, floor)  # drops those that are 0
-    assert torch.equal(values, pre.flatten()[index]) and (index.diff() > 0).all()
-    assert sorted(values.tolist()) == [value for value in largest if value > 0]
+    for select in (msae.sparse_topk, msae.full_topk):  # the former falls back on the latter
+        values, index = select(x, W_enc, b_enc + bias, n, torch.tensor(cut))
+        assert torch.equal(values, pre.flatten()[index]) and (index.diff() > 0).all()
+        assert sorted(values.tolist()) == largest
 
 
 def test_prefixes_are_lengths_or_fractions_and_a_small_power_favours_short_ones():
