@@ -513,8 +513,8 @@ def sparse_topk(x, W_enc, b_enc, n, cut):
         return full_topk(x, W_enc, b_enc, n)
     values, index = map(np.concatenate, zip(*parts))
     keep = np.argpartition(values, -n)[-n:]
-    keep = torch.from_numpy(keep[index[keep].argsort()])
-    return torch.from_numpy(values)[keep], torch.from_numpy(index)[keep]
+    index, order = torch.from_numpy(index[keep]).sort()
+    return torch.from_numpy(values[keep])[order], index
 
 
 def sparse_loss(x, values, index, prefixes, weights, W_dec, G):
@@ -559,18 +559,13 @@ def write_gradients(sae, x, values, d_values, latent, row_block, G, in_blocks):
     """All gradients, into the parameters' ``grad``, whose memory is kept: sums over the active entries.
     ``dW_dec = A_j.T @ G_j`` for the latents of block ``j``, ``dW_enc = x.T @ dA``, ``db_enc`` the column sums
     of ``dA``, ``db_dec = sum_B G_1 - W_enc @ db_enc``."""
-    P, F = G.shape[1], len(sae.W_dec)
     for parameter in sae.parameters():
         if parameter.grad is None:
             parameter.grad = torch.empty_like(parameter)
-    if G.device.type == "cpu":  # numpy sorts 61,000 numbers of 16 bits by radix: 0.5 ms, torch 2.5
-        keys = latent.numpy().astype(np.uint16 if F <= 1 << 16 else np.int64)
-        order = torch.from_numpy(np.argsort(keys, kind="stable"))
-    else:
-        order = latent.argsort(stable=True)
-    starts = torch.searchsorted(latent[order], torch.arange(F + 1, device=G.device))
+    latents, order = latent.sort(stable=True)
+    starts = torch.searchsorted(latents, torch.arange(len(sae.W_dec) + 1, device=G.device))
     sums_by_latent(sae.W_dec.grad, values[order], row_block[order], starts, G.flatten(0, 1), in_blocks)
-    sums_by_latent(sae.W_enc.grad.T, d_values[order], row_block[order] // P, starts, x, in_blocks)
+    sums_by_latent(sae.W_enc.grad.T, d_values[order], row_block[order] // G.shape[1], starts, x, in_blocks)
     sae.b_enc.grad.zero_().index_add_(0, latent, d_values)
     torch.sub(G[:, 0].sum(dim=0), sae.W_enc @ sae.b_enc.grad, out=sae.b_dec.grad)
 
@@ -753,8 +748,8 @@ class Rows:
             rule = f"{getattr(part, 'filename', source)} must be {D} wide"
             _require(part.shape[1] == D, rule, part.shape[1])
         self.dtype = np.dtype("f2" if all(part.dtype == "f2" for part in parts) else "f4")  # in memory
-        by_bytes, self.d_model = max(1, BLOCK_BYTES // (D * self.dtype.itemsize)), D
-        self.block = min(BLOCK, by_bytes, -(-sum(map(len, parts)) // 64))
+        self.d_model, self.row_bytes = D, D * self.dtype.itemsize
+        self.block = min(BLOCK, max(1, BLOCK_BYTES // self.row_bytes), -(-sum(map(len, parts)) // 64))
         self.centre, self.radius = torch.zeros(D), math.inf
         self.blocks = [(part, start, min(start + self.block, len(part)))
                        for part in parts for start in range(0, len(part), self.block)]
@@ -858,8 +853,8 @@ class Rows:
 
     def _pools(self, seed, skip, rank, world, device):
         """Endless (rows, the order in which they are taken), but for the first ``skip`` rows."""
-        per_pool = max(1, POOL_BYTES // (self.block * self.d_model * self.dtype.itemsize))
-        shape = min(per_pool, -(-len(self.blocks) // world)) * self.block, self.d_model
+        per_pool = max(1, min(POOL_BYTES // (self.block * self.row_bytes), -(-len(self.blocks) // world)))
+        shape = per_pool * self.block, self.d_model
         memory = itertools.cycle([np.empty(shape, self.dtype), np.empty(shape, self.dtype)])  # fresh is slow
         for epoch in itertools.count():
             random = np.random.default_rng([seed, epoch])
