@@ -549,10 +549,12 @@ def label_rows(path, rows, most=20_000):
                          f"got {labels.dtype} {labels.shape} {labels.reshape(-1)[:5]}")
     sizes = [stop - start for _, start, stop in rows.blocks]
     chosen = np.random.default_rng(0).permutation(len(sizes))[: most // max(sizes)]
-    x, far = rows.keep(chosen).read_all()
-    y = labels[np.isin(np.arange(len(sizes)), chosen).repeat(sizes)][~far.numpy()].astype(np.int64)
+    part = rows.keep(chosen)
+    x = part.read_all()
+    near = ~part.too_far(x)
+    y = labels[np.isin(np.arange(len(sizes)), chosen).repeat(sizes)][near.numpy()].astype(np.int64)
     y, names = (y == 1, range(y.shape[1])) if y.ndim == 2 else (y[:, None] == values, values)
-    return x[~far], torch.from_numpy(y), [str(name) for name in names]
+    return x[near].float(), torch.from_numpy(y), [str(name) for name in names]
 
 
 # ------------------------------------------------------------------------------------------------------ bench
@@ -567,12 +569,14 @@ def label_rows(path, rows, most=20_000):
 def bench(latents, d_model, batch_size, k, steps, device, dtype):
     """Time this machine's training step.
 
-    It is shown beside the encoder product alone, which no SAE can do without.
+    It has the spare latents with which train starts, and is shown beside the encoder product of these alone,
+    which no SAE can do without.
     """
-    cfg = msae.TrainConfig(latents, k, batch_size=batch_size, dtype=dtype)
+    cfg = msae.TrainConfig(latents, k, batch_size=batch_size, dtype=dtype,
+                           n_latents_start=latents + round(0.25 * latents))
     trainer = msae.Trainer(cfg, d_model, device)
     x = torch.randn(batch_size, d_model, device=device) / d_model**0.5
-    a, W = (t.to(getattr(torch, trainer.dtype)) for t in (x, torch.randn(d_model, latents, device=device)))
+    a, W = (t.to(getattr(torch, trainer.dtype)) for t in (x, trainer.sae.W_enc.detach()))
     product = a @ W
 
     def seconds(call):
@@ -583,8 +587,9 @@ def bench(latents, d_model, batch_size, k, steps, device, dtype):
     pairs = [(seconds(lambda: torch.mm(a, W, out=product)), seconds(lambda: trainer.step(x)))
              for _ in range(steps + 3)]
     alone, step = np.median(pairs[3:], axis=0)  # in turn, so that drift cancels
-    click.echo(f"batch {batch_size:,}, width {d_model:,}, {latents:,} latents, k {k:g}, "
-               f"{len(trainer.step_prefixes())} prefixes, {trainer.dtype} on {device}\n\n"
+    spare = W.shape[1] - latents
+    click.echo(f"batch {batch_size:,}, width {d_model:,}, {latents:,} + {spare:,} spare latents, "
+               f"k {k:g}, {len(trainer.step_prefixes())} prefixes, {trainer.dtype} on {device}\n\n"
                f"encoder product alone  {1e3 * alone:,.1f} ms\n"
                f"training step          {1e3 * step:,.1f} ms, {step / alone:.2f} x the product\n"
                f"rows per second        {batch_size / step:,.0f}")

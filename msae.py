@@ -9,8 +9,8 @@ Every prefix of the latents has to reconstruct alone, so the early latents stay 
 by the specialised ones that follow. One prefix, of all latents, is the plain BatchTopK SAE. B batch rows,
 D model width, F latents, P prefixes. Not included: L1 and gated SAEs, transcoders.
 
-Sections 1 to 4 are the whole method, literally; 5 is the same step, fast. Around them: 6 runs, 7 files,
-8 metrics, 9 the toy, 10 language models.
+Sections 1 to 4 are the whole method, literally, but for the gradients of ``batch_loss``, which 5 makes fast.
+Around them: 6 runs, 7 files, 8 metrics, 9 the toy, 10 language models.
 
 Sources: nested loss: Bussmann et al. 2025, arXiv 2503.17547; Pareto prefixes, energy order, the toy:
 noanabeshima/matryoshka-saes; BatchTopK: Bussmann et al. 2024, arXiv 2412.06410; AuxK: Gao et al. 2024,
@@ -163,14 +163,21 @@ def nested_loss(x, acts, W_dec, b_dec, prefixes, weights=None):
     return loss
 
 
-def aux_loss(sae, x, residual, dead):
-    """AuxK: ``mean |residual - a @ W_dec[dead]|^2 / mean |residual - mean|^2``, a scalar, about 1.
-    ``residual (B, D)`` is a constant; ``a`` keeps per row the ``min(D / 2, n_dead)`` largest of ``relu(pre)``
-    among the latents ``dead`` (indices). Gao et al. 2024, section A.2."""
-    residual = residual.detach()
-    pre = torch.relu((x - sae.b_dec.detach()) @ sae.W_enc[:, dead] + sae.b_enc[dead])
-    values, index = pre.topk(min(x.shape[1] // 2 or 1, len(dead)), dim=1)
-    recon = torch.zeros_like(pre).scatter(1, index, values) @ sae.W_dec[dead]
+def batch_loss(sae, x, n, prefixes, weights=None):
+    """The loss of a step: ``nested_loss`` of rows ``x`` (B, D), of whose codes the ``n`` largest are kept."""
+    pre = sae.pre_acts(x)
+    values, index = batch_topk(pre, n)
+    acts = torch.zeros_like(pre).flatten().scatter(0, index, values).view_as(pre)
+    return nested_loss(x, acts, sae.W_dec, sae.b_dec, prefixes, weights)
+
+
+def aux_loss(x, residual, W_enc, b_enc, W_dec):
+    """AuxK: ``mean |residual - a @ W_dec|^2 / mean |residual - mean|^2``, a scalar, about 1.
+    ``x`` and the constant ``residual`` (B, D), ``x`` without ``b_dec``; weights of the m dead latents alone;
+    ``a`` keeps per row the ``min(D / 2, m)`` largest of ``relu(pre)``. Gao et al. 2024, section A.2."""
+    pre = torch.relu(x @ W_enc + b_enc)  # (B, m)
+    values, index = pre.topk(min(x.shape[1] // 2 or 1, len(b_enc)), dim=1, sorted=False)
+    recon = torch.zeros_like(pre).scatter(1, index, values) @ W_dec
     spread = (residual - residual.mean(dim=0)).pow(2).sum(dim=1).mean()
     return (residual - recon).pow(2).sum(dim=1).mean() / spread.clamp_min(1e-12)
 
@@ -287,7 +294,7 @@ def default_lr(n_latents, batch_size, steps):
 
 # ------------------------------------------- 4. the trainer
 # One SAE in training: a step, and what is kept between steps.
-# Uses sections 1 to 3, ``rank_and_world`` of 6, and ``fast_step`` of 5, the equal of ``literal_step``.
+# Uses sections 1 to 3, ``rank_and_world`` of 6, and what gives the gradients of ``batch_loss`` fast, of 5.
 
 
 class Trainer:
@@ -302,16 +309,15 @@ class Trainer:
         self.dtype = cfg.dtype or ("bfloat16" if self.device.type == "cuda" else "float32")
         kind, low = self.device.type, self.dtype != "float32"
         self.autocast = torch.autocast(kind, getattr(torch, self.dtype), enabled=low)
-        self.scaler = torch.amp.GradScaler(kind, enabled=self.dtype == "float16")
         generator = torch.Generator().manual_seed(cfg.seed)
         self.sae = MatryoshkaSAE(d_model, cfg.latents_at(0), None, generator).to(self.device)
         self.sae.b_dec.data += torch.as_tensor(mean).float().to(self.device) / self.scale
         eps = 1.5e-5 * cfg.k / cfg.n_latents  # near a rare latent's gradient: below it Adam takes full steps
         betas, fused = tuple(map(float, cfg.betas)), kind in ("cpu", "cuda")
         self.optimizer = torch.optim.Adam(self.sae.parameters(), 0.0, betas, eps, fused=fused)
-        self.fast = kind == "cpu" and not low and torch.backends.mkl.is_available()
-        self.buffer = None  # of the fast step, kept as fresh memory is slow
-        self.stop = False   # a wish to end the run; after a step of several processes, whether any has it
+        self.in_blocks = kind == "cpu" and not low  # that stay in the cache; else whole matrices at once
+        self.buffer = torch.empty(0, device=self.device)  # for the gradients, kept as fresh memory is slow
+        self.stop = False  # a wish to end the run; after a step of several processes, whether any has it
         self.steps_done = 0
         self.rows_silent = torch.zeros_like(self.sae.b_enc.data, dtype=torch.long)  # since each latent fired
         self.energy = torch.zeros_like(self.sae.b_enc.data)                         # running mean of acts^2
@@ -320,8 +326,14 @@ class Trainer:
     def step(self, x):
         """Take one optimizer step on raw rows ``x`` (B, D); return the loss, a scalar on the device."""
         x = x.to(self.device, torch.float32, non_blocking=True) / self.scale
-        values, index, loss = fast_step(self, x) if self.fast else self.literal_step(x)  # and the gradients
-        loss = self.observe(values, index, loss + self.revive(x, values, index), len(x))
+        x -= self.sae.b_dec.detach()
+        dead = self.rows_silent >= self.cfg.dead_after
+        n_dead = dead.sum().to("cpu", non_blocking=True)  # a GPU has told when it starts with the gradients
+        told = self.device.type == "cuda" and torch.cuda.current_stream(self.device).record_event()
+        values, index, loss = self.gradients(x)
+        if told:
+            told.synchronize()
+        loss = self.observe(values, index, loss + self.revive(x, values, index, dead, int(n_dead)), len(x))
         self.optimize()
         self.steps_done += 1
         n, by_energy = self.cfg.latents_at(self.steps_done), self.cfg.order == "energy"
@@ -329,29 +341,35 @@ class Trainer:
             self.rearrange(n)
         return loss
 
-    def literal_step(self, x):
-        """Gradients of the nested loss by autograd: (entries kept (n,), their row-major positions, loss)."""
-        sae = self.sae
-        self.optimizer.zero_grad()
+    @torch.no_grad()
+    def gradients(self, x):
+        """Write those of ``batch_loss`` on ``x`` (B, D), here and below without ``b_dec``; return the entries
+        kept (n,), their row-major positions, and the loss."""
+        sae, n, prefixes = self.sae, self.n_kept(len(x)), self.step_prefixes()
         with self.autocast:
-            pre = sae.pre_acts(x)
-            values, index = batch_topk(pre, self.n_kept(len(x)))
-            acts = torch.zeros_like(pre).flatten().scatter(0, index, values).view_as(pre)
-            loss = nested_loss(x, acts, sae.W_dec, sae.b_dec, self.step_prefixes(), self.cfg.weights())
-        self.scaler.scale(loss).backward()
-        return values.detach(), index, loss.detach()
+            select = sparse_topk if self.in_blocks else full_topk
+            values, index = select(x, sae.W_enc, sae.b_enc, n, self.cut)
+        G = self.buffer.resize_(len(x), len(prefixes), x.shape[1])
+        loss, *entries = sparse_loss(x, values, index, prefixes, self.cfg.weights(), sae.W_dec, G)
+        write_gradients(sae, x, values, *entries, G, self.in_blocks)
+        return values, index, loss
 
-    def revive(self, x, values, index):
-        """Add the gradients of AuxK on the dead latents, if there are any; return its part of the loss."""
-        dead, F = (self.rows_silent >= self.cfg.dead_after).nonzero().squeeze(1), len(self.energy)
-        if len(dead) == 0 or self.cfg.aux_coef == 0:
+    def revive(self, x, values, index, dead, n_dead):
+        """Add the gradients of AuxK on the latents that are ``dead``; return its part of the loss."""
+        if n_dead == 0 or self.cfg.aux_coef == 0:
             return 0.0
-        starts = torch.searchsorted(index // F, torch.arange(len(x) + 1, device=index.device))
-        recon = weighted_row_sums(values, index % F, starts, self.sae.W_dec.detach())
+        sae, dead = self.sae, torch.nonzero_static(dead, size=n_dead).squeeze(1)
+        starts = torch.searchsorted(index // len(sae.b_enc), torch.arange(len(x) + 1, device=index.device))
+        residual = x - weighted_row_sums(values, index % len(sae.b_enc), starts, sae.W_dec.detach())
+        places = (sae.W_enc, 1), (sae.b_enc, 0), (sae.W_dec, 0)
+        # copies of their rows: through the whole matrices, autograd would fill as large ones with zeros
+        leaves = [weight.detach().index_select(dim, dead).requires_grad_() for weight, dim in places]
         with self.autocast:
-            loss = self.cfg.aux_coef * aux_loss(self.sae, x, x - self.sae.b_dec - recon, dead)
-        self.scaler.scale(loss).backward()
-        return loss.detach()
+            loss = aux_loss(x, residual, *leaves)
+        grads = torch.autograd.grad(len(x) * loss, leaves)  # times B: float16 would lose those of the mean
+        for (weight, dim), grad in zip(places, grads):
+            weight.grad.index_add_(dim, dead, grad, alpha=self.cfg.aux_coef / len(x))
+        return self.cfg.aux_coef * loss.detach()
 
     def n_kept(self, rows):
         return max(1, round(self.cfg.k_at(self.steps_done) * rows))
@@ -391,16 +409,14 @@ class Trainer:
     def optimize(self):
         """Clip, Adam; decoder rows lose the gradient along themselves before and are unit again after."""
         W_dec, parameters = self.sae.W_dec, list(self.sae.parameters())
-        self.scaler.unscale_(self.optimizer)
-        size = max(1, CACHED // W_dec.shape[1])
+        size = max(1, CACHED // W_dec.shape[1]) if self.in_blocks else len(W_dec)
         for grad, w in zip(W_dec.grad.split(size), W_dec.split(size)):
             grad.addcmul_((grad * w).sum(dim=1, keepdim=True), w, value=-1)
         norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters])
         if self.device.type != "cpu" or norm > self.cfg.clip:  # a pass over all gradients, saved on the CPU
             nn.utils.clip_grads_with_norm_(parameters, self.cfg.clip, norm)
         self.optimizer.param_groups[0]["lr"] = self.cfg.lr_at(self.steps_done)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        self.optimizer.step()
         W_dec /= W_dec.norm(dim=1, keepdim=True)
 
     @torch.no_grad()
@@ -446,13 +462,13 @@ class Trainer:
     def state_dict(self):
         """All that the next steps depend on beside the config and the rows."""
         values = {name: getattr(self, name) for name in ("steps_done", "rows_silent", "energy", "cut")}
-        return values | {name: getattr(self, name).state_dict() for name in ("sae", "optimizer", "scaler")}
+        return values | {name: getattr(self, name).state_dict() for name in ("sae", "optimizer")}
 
     def load_state_dict(self, state):
         """Go on from ``state``, of a trainer with the same config and rows: bit for bit on the CPU."""
         self.steps_done = state["steps_done"]
         self.rearrange(len(state["energy"]))
-        for name in ("sae", "optimizer", "scaler"):
+        for name in ("sae", "optimizer"):
             getattr(self, name).load_state_dict(state[name])
         for name in ("rows_silent", "energy", "cut"):
             setattr(self, name, state[name].to(self.device))
@@ -471,118 +487,106 @@ def calibrate(sae, rows, k, batch_size=2048):
     sae.threshold.zero_()
 
 
-# ----------------------------------- 5. the same step, fast
-# Only k / F of the entries survive: each product but the encoder's becomes a sum over them, 81 against 317 ms
-# at F 3072, D 768, B 2048 on 2 cores, 1.8 against 2.2 on the toy. Uses torch and numpy alone.
+# ------------------------------------ 5. the gradients, fast
+# Only k / F of the entries survive: each product but the encoder's becomes a sum over them, in float32, so
+# that float16 needs no loss scale: 81 against 317 ms for autograd at F 3072, D 768, B 2048 on 2 cores, 1.8
+# against 2.2 on the toy. Uses torch and numpy alone.
 
 CACHED = 1 << 19  # numbers that stay in a core's cache until their next use: 2 MiB of float32
 
 
-@torch.no_grad()
-def fast_step(trainer, x):
-    """What ``Trainer.literal_step`` does, without autograd and without ever holding the (B, F) entries."""
-    sae, F, prefixes = trainer.sae, len(trainer.energy), trainer.step_prefixes()
-    x, shape = x - sae.b_dec, (len(x), len(prefixes), x.shape[1])
-    # the cut seldom falls by a tenth from one step to the next; where it does, the search starts again lower
-    values, index = sparse_topk(x, sae.W_enc, sae.b_enc, trainer.n_kept(len(x)), 0.9 * float(trainer.cut))
-    block_ends = (torch.arange(0, len(x) * F, F)[:, None] + torch.tensor(prefixes)).flatten()
-    starts = nn.functional.pad(torch.searchsorted(index, block_ends), (1, 0))
-    if trainer.buffer is None or trainer.buffer.shape != shape:
-        trainer.buffer = x.new_empty(shape)
-    latent, weights = index % F, trainer.cfg.weights()
-    loss, d_values = sparse_loss(x, values, latent, starts, sae.W_dec, weights, trainer.buffer)
-    write_gradients(sae, x, values, d_values, latent, starts, trainer.buffer)
-    return values, index, loss
+def full_topk(x, W_enc, b_enc, n, cut=None):
+    """``batch_topk`` of ``relu(x @ W_enc + b_enc)``, as float32. Its shapes are known: no wait for a GPU."""
+    values, index = batch_topk(torch.addmm(b_enc, x, W_enc), n)
+    return values.float().clamp_min(0), index
 
 
-def sparse_topk(x, W_enc, b_enc, n, floor=0.0):
-    """``batch_topk`` of ``relu(x @ W_enc + b_enc)`` without zeros, exact: it looks above ``floor`` first."""
-    if floor <= 0:  # then a little below the cut of a sample
-        sample_pre = torch.addmm(b_enc, x[:: max(1, len(x) // 64)], W_enc).flatten()
-        share = n / len(x) / W_enc.shape[1]
-        floor = max(0.0, 0.7 * float(sample_pre.topk(max(1, round(share * len(sample_pre)))).values[-1]))
-    for start in (floor, floor / 2, 0.0):
-        values, index = entries_above(start, x, W_enc, b_enc)
-        if len(values) >= n:
-            break
-    if len(values) > n:
-        keep = torch.from_numpy(np.sort(np.argpartition(values.numpy(), -n)[-n:]))
-        values, index = values[keep], index[keep]
-    return values, index
-
-
-def entries_above(floor, x, W_enc, b_enc):
-    """Values and increasing row-major positions of the entries of ``x @ W_enc + b_enc`` above ``floor``.
-    The one dense product of a step, a few latents at a time: their block is searched in the cache."""
+def sparse_topk(x, W_enc, b_enc, n, cut):
+    """The same on a CPU, faster where the ``cut``, the smallest of them, is about that of the last step. The
+    one dense product of a step is made a few latents at a time: their block is searched in the cache."""
     (B, _), F, parts = x.shape, len(b_enc), []
     width = max(1, 4 * CACHED // B)  # 4: each number is read once only
-    for start in range(0, F, width):
+    for start in range(0, F if cut > 0 else 0, width):
         end = min(start + width, F)
-        pre = torch.addmm(b_enc[start:end], x, W_enc[:, start:end]).numpy().ravel()
-        above = np.flatnonzero(pre > floor)  # 3 ms for 6 million numbers, torch 14
+        pre = torch.addmm(b_enc[start:end], x, W_enc[:, start:end])
+        above = np.flatnonzero((pre > 0.9 * cut).numpy())  # 3 ms for 6 million numbers, torch 14
         row, latent = np.divmod(above, end - start)
-        parts.append((row, latent + start, pre[above]))
-    row, latent, values = map(np.concatenate, zip(*parts))
-    order = stable_order(row, B)
-    return torch.from_numpy(values[order]), torch.from_numpy((row * F + latent)[order])
+        parts.append((pre.numpy().ravel()[above], row * F + latent + start))
+    if sum(len(values) for values, _ in parts) < n:  # it fell by more than a tenth, or few are positive
+        return full_topk(x, W_enc, b_enc, n)
+    values, index = map(np.concatenate, zip(*parts))
+    keep = np.argpartition(values, -n)[-n:]
+    index, order = torch.from_numpy(index[keep]).sort()
+    return torch.from_numpy(values[keep])[order], index
 
 
-def stable_order(keys, end):
-    """Stable argsort of numbers in [0, end): numpy sorts 61,000 of 16 bits by radix: 0.5 ms, torch 2.5."""
-    return np.argsort(keys.astype(np.uint16 if end <= 1 << 16 else np.int64), kind="stable")
-
-
-def sparse_loss(x, values, latent, starts, W_dec, weights, G):
-    """``nested_loss`` of sparse codes, gradients in closed form: (loss, d_values (n,)), ``G`` (B, P, D).
-    ``x`` is without ``b_dec``. In row ``b`` the block of latents that ends with prefix ``p`` has the
-    ``values`` from ``starts[b P + p]`` to the next start, which decode to ``R_p``; ``R_1`` takes ``-x`` in.
-    So prefix ``p`` leaves ``sum_{i <= p} R_i``, and the loss is a quadratic form:
+def sparse_loss(x, values, index, prefixes, weights, W_dec, G):
+    """``nested_loss`` of sparse codes and gradients in closed form: (loss, d_values (n,), latent (n,),
+    row_block (n,)), into ``G`` (B, P, D) the others. In row ``b`` the block of latents that ends with prefix
+    ``p`` has the ``values`` with ``row_block = b P + p``, which decode to ``R_p``; ``R_1`` takes ``-x`` in,
+    without ``b_dec``. So prefix ``p`` leaves ``sum_{i <= p} R_i``, and the loss is a quadratic form:
 
         L = 1/2 sum_b sum_ij K_ij <R_i, R_j>,  K_ij = 2/B sum_{p >= max(i, j)} w_p
 
-    Hence ``dL/dR = G = K R`` and ``d_values = <G_j, W_dec>``."""
-    (B, D), P = x.shape, len(weights)
-    weight_from = torch.tensor([2 / B * sum(weights[p:]) for p in range(P)])
-    K = torch.minimum(weight_from, weight_from[:, None])
-    size = max(1, CACHED // (P * D))
-    for x_part, G_part, part in zip(x.split(size), G.split(size), range(0, B * P, size * P)):
-        R = weighted_row_sums(values, latent, starts[part:part + size * P + 1], W_dec).view(-1, P, D)
+    Hence ``dL/dR = G = K R`` and ``d_values = <G_j, W_dec>``, by autograd of the sums that are ``R``."""
+    (B, P, D), F, device = G.shape, len(W_dec), x.device
+    prefixes, weight_from = (torch.tensor(numbers).to(device, non_blocking=True) for numbers in (
+        prefixes, [2 / B * sum(weights[p:]) for p in range(P)]))
+    K, latent = torch.minimum(weight_from, weight_from[:, None]), index % F
+    row_block = index // F * P + torch.bucketize(latent, prefixes, right=True)
+    starts = torch.searchsorted(row_block, torch.arange(B * P + 1, device=device))
+    # on a CPU a part at a time: 16 MiB of memory are used again, more would be fresh, which is slow
+    size = max(1, 8 * CACHED // (P * D)) if device.type == "cpu" else B
+    firsts = range(0, B * P, size * P)
+    cuts, d_values = [0, *(int(starts[first]) for first in firsts[1:]), len(values)], torch.empty_like(values)
+    for x_part, G_part, first, start, end in zip(x.split(size), G.split(size), firsts, cuts, cuts[1:]):
+        with torch.enable_grad():
+            leaf = values[start:end].detach().requires_grad_()
+            part = starts[first:first + size * P + 1] - start
+            decoded = weighted_row_sums(leaf, latent[start:end], part, W_dec.detach())
+        R = decoded.detach().view_as(G_part)
         R[:, 0] -= x_part
         torch.matmul(K, R, out=G_part)
-    with warnings.catch_warnings():  # torch calls its CSR support beta, once per process
-        warnings.simplefilter("ignore")
-        zeros, shape = torch.zeros_like(values), (B * P, len(W_dec))
-        entries = torch.sparse_csr_tensor(starts.int(), latent.int(), zeros, shape, check_invariants=False)
-    d_values = torch.sparse.sampled_addmm(entries, G.flatten(0, 1), W_dec.T).values()
-    return (values @ d_values - (G[:, 0] * x).sum()) / 2, d_values
+        d_values[start:end] = torch.autograd.grad(decoded, leaf, G_part.flatten(0, 1))[0]
+    d_values *= values > 0
+    loss = (values @ d_values - torch.linalg.vecdot(G[:, 0], x).sum()) / 2
+    return loss, d_values, latent, row_block
 
 
 def weighted_row_sums(values, index, starts, rows):
     """``sum_i values[i] * rows[index[i]]`` over ``starts[j] <= i < starts[j + 1]``, for each j, D wide."""
-    part = slice(int(starts[0]), int(starts[-1]))
-    return nn.functional.embedding_bag(index[part], rows, starts[:-1] - starts[0], mode="sum",
-                                       per_sample_weights=values[part])
+    return nn.functional.embedding_bag(index, rows, starts[:-1], mode="sum", per_sample_weights=values)
 
 
-def write_gradients(sae, x, values, d_values, latent, starts, G):
+def write_gradients(sae, x, values, d_values, latent, row_block, G, in_blocks):
     """All gradients, into the parameters' ``grad``, whose memory is kept: sums over the active entries.
     ``dW_dec = A_j.T @ G_j`` for the latents of block ``j``, ``dW_enc = x.T @ dA``, ``db_enc`` the column sums
     of ``dA``, ``db_dec = sum_B G_1 - W_enc @ db_enc``."""
-    (B, P, D), F = G.shape, len(sae.W_dec)
     for parameter in sae.parameters():
         if parameter.grad is None:
             parameter.grad = torch.empty_like(parameter)
-    order = torch.from_numpy(stable_order(latent.numpy(), F))
-    row_block = torch.repeat_interleave(torch.arange(B * P), starts.diff())[order]
-    values, by_latent, row = values[order], d_values[order], row_block // P
-    starts = nn.functional.pad(torch.bincount(latent, minlength=F).cumsum(0), (1, 0))
-    size = max(1, CACHED // D)
-    for start in range(0, F, size):
-        part = starts[start:start + size + 1]
-        sae.W_dec.grad[start:start + size] = weighted_row_sums(values, row_block, part, G.flatten(0, 1))
-        sae.W_enc.grad[:, start:start + size] = weighted_row_sums(by_latent, row, part, x).T
+    latents, order = latent.sort(stable=True)
+    starts = torch.searchsorted(latents, torch.arange(len(sae.W_dec) + 1, device=G.device))
+    sums_by_latent(sae.W_dec.grad, values[order], row_block[order], starts, G.flatten(0, 1), in_blocks)
+    sums_by_latent(sae.W_enc.grad.T, d_values[order], row_block[order] // G.shape[1], starts, x, in_blocks)
     sae.b_enc.grad.zero_().index_add_(0, latent, d_values)
     torch.sub(G[:, 0].sum(dim=0), sae.W_enc @ sae.b_enc.grad, out=sae.b_dec.grad)
+
+
+def sums_by_latent(out, values, index, starts, rows, in_blocks):
+    """``weighted_row_sums`` into ``out`` (F, D), in blocks that stay in a CPU's cache; else all at once, a
+    long sum, as one thread of a GPU walks it, by sums of at most 64 terms."""
+    if in_blocks:
+        size = max(1, CACHED // 2 // out.shape[1])  # 2: the sums, and where they go
+        for start in range(0, len(out), size):
+            ends = starts[start:start + size + 1]
+            part = slice(int(ends[0]), int(ends[-1]))
+            out[start:start + size] = weighted_row_sums(values[part], index[part], ends - ends[0], rows)
+    else:
+        cuts = torch.cat([starts, torch.arange(0, len(index), 64, device=out.device)]).sort().values
+        numbers = torch.arange(len(cuts) - 1, device=out.device)
+        rows = weighted_row_sums(values, index, cuts, rows)
+        out.copy_(weighted_row_sums(None, numbers, torch.searchsorted(cuts, starts), rows))
 
 
 # -------------------------------------------------- 6. runs
@@ -607,7 +611,8 @@ def train(acts, cfg, *, device="cpu", out=None, resume=False, save_minutes=10.0,
         read_state(Path(out), fingerprint, trainer)
     rank, world = rank_and_world()
     folder = None if out is None or rank > 0 else Path(out)
-    batches = data.batches(cfg.batch_size // world, cfg.seed, trainer.steps_done, rank, world)
+    batches = data.batches(cfg.batch_size // world, cfg.seed, trainer.steps_done, rank, world,
+                           trainer.device)
     started, first_step = time.monotonic(), trainer.steps_done
 
     def checkpoint():
@@ -725,9 +730,9 @@ def rank_and_world():
 # Activation rows of any number, read in random order; files written whole; what the Hub has.
 # Uses numpy, torch and, to download, huggingface_hub.
 
-BLOCK = 256         # consecutive rows, at most, that are read, and set aside, together
+BLOCK, BLOCK_BYTES = 256, 2**19  # consecutive rows, at most, that are read, and set aside, together
 ASIDE = 16_384      # rows, at most, that are set aside
-POOL_BYTES = 2**28  # of float32 rows, whose order is mixed; two such pools are in memory
+POOL_BYTES = 2**30  # of rows whose order is mixed; two such pools are in memory
 
 
 class Rows:
@@ -747,8 +752,10 @@ class Rows:
         for part in parts:
             rule = f"{getattr(part, 'filename', source)} must be {D} wide"
             _require(part.shape[1] == D, rule, part.shape[1])
-        self.d_model, self.block = D, min(BLOCK, -(-sum(map(len, parts)) // 64))
-        self.centre, self.radius = np.zeros(D, np.float32), math.inf
+        self.dtype = np.dtype("f2" if all(part.dtype == "f2" for part in parts) else "f4")  # in memory
+        self.d_model, self.row_bytes = D, D * self.dtype.itemsize
+        self.block = min(BLOCK, max(1, BLOCK_BYTES // self.row_bytes), -(-sum(map(len, parts)) // 64))
+        self.centre, self.radius = torch.zeros(D), math.inf
         self.blocks = [(part, start, min(start + self.block, len(part)))
                        for part in parts for start in range(0, len(part), self.block)]
 
@@ -768,7 +775,7 @@ class Rows:
         far = float((distance > max_norm * median).float().mean())
         few = median > 0 and far <= 0.05
         if few:
-            chosen.centre, chosen.radius = centre.numpy(), max_norm * median
+            chosen.centre, chosen.radius = centre, max_norm * median
         if far:
             warnings.warn(f"{far:.2%} of {len(sample):,} sampled rows lie over {max_norm:g} times the median "
                           f"distance from the median row, up to {distance.max() / median:,.0f} times: "
@@ -788,58 +795,72 @@ class Rows:
         return self.keep(order[n:]), self.keep(order[:n])
 
     def read(self):
-        """The rows as one tensor (n, D), in order, without those left out."""
-        rows, far = self.read_all()
-        return rows[~far] if far.any() else rows
+        """The rows as one float32 tensor (n, D), in order, without those left out."""
+        rows = self.read_all()
+        far = self.too_far(rows)
+        return (rows[~far] if far.any() else rows).float()
 
-    @np.errstate(over="ignore")  # of float64, and of squares
-    def read_all(self):
-        """(All rows (n, D), which of them are too far out (n,))."""
-        rows, end = np.empty((len(self), self.d_model), np.float32), 0
-        squares = np.empty(len(rows), np.float32)  # of the distance from the centre
+    @np.errstate(over="ignore")  # of float64
+    def read_all(self, memory=None):
+        """All rows (n, D), in ``memory`` if given, as float16 if that is what all files hold, or float32."""
+        memory, end = np.empty((len(self), self.d_model), self.dtype) if memory is None else memory, 0
         for part, start, stop in self.blocks:
-            block, name = rows[end:end + stop - start], getattr(part, "filename", "the array")
-            if isinstance(part, np.memmap):  # plain reads: a map takes memory and dies with its file
-                offset = part.offset + start * part.strides[0]
-                numbers = np.fromfile(name, part.dtype, block.size, offset=offset)
-                _require(len(numbers) == block.size, f"{name} must not shrink while it is read, rows", stop)
-                block[:] = numbers.reshape(block.shape)
-            else:
+            block, end = memory[end:end + stop - start], end + stop - start
+            if not isinstance(part, np.memmap):
                 block[:] = part[start:stop]
-            from_centre = block - self.centre
-            squares[end:end + len(block)] = np.einsum("ij,ij->i", from_centre, from_centre)
-            if not np.isfinite(squares[end:end + len(block)]).all():
-                finite = np.isfinite(block).all(axis=1)
-                rule = f"{name} must be finite as float32, row {start + finite.argmin()}"
-                _require(finite.all(), rule, "NaN or infinity")
-            end += len(block)
-        return torch.from_numpy(rows), torch.from_numpy(squares > self.radius**2)
+                continue
+            with open(part.filename, "rb", buffering=0) as file:  # a map takes memory and dies with its file
+                file.seek(part.offset + start * part.strides[0])
+                numbers = block if part.dtype == self.dtype else np.empty(block.shape, part.dtype)
+                whole = file.readinto(numbers) == numbers.nbytes
+            _require(whole, f"{part.filename} must not shrink while it is read, rows", stop)
+            if numbers is not block:
+                block[:] = numbers
+        return torch.from_numpy(memory[:end])
+
+    def too_far(self, rows):
+        """Which of all its ``rows`` (n, D), on any device, are left out: (n,)."""
+        size = max(1, (2**16 if rows.device.type == "cpu" else 2**26) // self.d_model)  # that stay in a cache
+        centre, distance = self.centre.to(rows.device), torch.empty(len(rows), device=rows.device)
+        for part, out in zip(rows.split(size), distance.split(size)):
+            torch.linalg.vector_norm(part - centre, dim=1, out=out)
+        if not distance.isfinite().all():
+            for part, start, stop in self.blocks:  # of large numbers only the squares are not finite
+                finite, rows = rows[:stop - start].isfinite().all(dim=1), rows[stop - start:]
+                rule = f"{getattr(part, 'filename', 'the array')} must be finite as float32, row"
+                _require(finite.all(), f"{rule} {start + int(finite.int().argmin())}", "NaN or infinity")
+        return distance > self.radius
 
     def chunks(self, n=4096):
         """All rows once, in order, as tensors of about ``n`` rows."""
         numbers, per_chunk = range(len(self.blocks)), max(1, n // self.block)
         return (self.keep(numbers[place:place + per_chunk]).read() for place in numbers[::per_chunk])
 
-    def batches(self, batch_size, seed, start=0, rank=0, world=1):
+    def batches(self, batch_size, seed, start=0, rank=0, world=1, device="cpu"):
         """Endless batches (batch_size, D) from number ``start`` on; each row once an epoch, in seeded order.
-        Blocks are permuted, and the rows of a pool of blocks again, so memory is bounded by two pools: a
+        Blocks are permuted, and the rows of a pool of blocks again, on the ``device``. Two pools are there: a
         background thread reads the next. Of ``world`` processes, ``rank`` reads every ``world``-th block."""
-        pools, batch = self._pools(seed, start * batch_size, rank, world), torch.empty(0, self.d_model)
+        pools = self._pools(seed, start * batch_size, rank, world, torch.device(device))
+        batch = torch.empty(0, self.d_model, device=device)
         with ThreadPoolExecutor(1) as thread:
             ahead = thread.submit(next, pools)
             while True:
                 (rows, order), ahead = ahead.result(), thread.submit(next, pools)
+                for tensor in (rows, order) if rows.is_cuda else ():  # made on another stream
+                    tensor.record_stream(torch.cuda.current_stream(device))
                 ends = range(batch_size - len(batch), len(order), batch_size)
                 for taken in order.tensor_split(tuple(ends)):
-                    part = rows.index_select(0, taken)
+                    part = rows.index_select(0, taken).float()
                     batch = torch.cat([batch, part]) if len(batch) else part
                     if len(batch) == batch_size:
                         yield batch
                         batch = batch[:0]
 
-    def _pools(self, seed, skip, rank, world):
+    def _pools(self, seed, skip, rank, world, device):
         """Endless (rows, the order in which they are taken), but for the first ``skip`` rows."""
-        per_pool = max(1, POOL_BYTES // (4 * self.block * self.d_model))
+        per_pool = max(1, min(POOL_BYTES // (self.block * self.row_bytes), -(-len(self.blocks) // world)))
+        shape = per_pool * self.block, self.d_model
+        memory = itertools.cycle([np.empty(shape, self.dtype), np.empty(shape, self.dtype)])  # fresh is slow
         for epoch in itertools.count():
             random = np.random.default_rng([seed, epoch])
             blocks = random.permutation(len(self.blocks))[rank::world]
@@ -847,10 +868,13 @@ class Rows:
                 pool = self.keep(blocks[place:place + per_pool])
                 order = random.permutation(len(pool))
                 if skip < len(pool):
-                    rows, far = pool.read_all()
-                    near = order[~far.numpy()[order]]  # the first ones also take the places of those left out
-                    yield rows, torch.from_numpy(np.resize(near, len(order))[skip:])
-                    del rows  # before the next is read
+                    rows = pool.read_all(next(memory))
+                    with torch.cuda.stream(torch.cuda.Stream(device) if device.type == "cuda" else None):
+                        rows = rows.to(device)  # beside the steps
+                        near = order[~pool.too_far(rows).cpu().numpy()[order]]
+                        # the first ones also take the places of those left out
+                        order = torch.from_numpy(np.resize(near, len(order))[skip:]).to(device)
+                    yield rows, order
                 skip = max(0, skip - len(pool))
 
 

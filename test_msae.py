@@ -205,12 +205,28 @@ STEPS = {
 }
 
 
+class Oracle(msae.Trainer):
+    """Takes the gradients of ``batch_loss`` by autograd."""
+
+    def gradients(self, x):
+        sae, n = self.sae, self.n_kept(len(x))
+        self.optimizer.zero_grad()
+        x = x + sae.b_dec.detach()
+        loss = msae.batch_loss(sae, x, n, self.step_prefixes(), self.cfg.weights())
+        loss.backward()
+        values, index = msae.batch_topk(sae.pre_acts(x).detach(), n)
+        return values, index, loss.detach()
+
+
+@pytest.mark.parametrize("in_blocks", [True, False], ids=["in blocks", "at once"])
 @pytest.mark.parametrize("changes", STEPS.values(), ids=STEPS.keys())
-def test_sparse_step_equals_the_dense_step(changes):
+def test_sparse_step_equals_the_dense_step(changes, in_blocks):
     cfg = config(clip=1e9, **changes)
-    sparse, dense = (msae.Trainer(cfg, 16, scale=4.0) for _ in range(2))
-    sparse.fast, dense.fast = True, False
-    for x in torch.from_numpy(rows(cfg.batch_size * 5, mean=0.3)).split(cfg.batch_size):
+    sparse, dense = (kind(cfg, 16, scale=4.0) for kind in (msae.Trainer, Oracle))
+    sparse.in_blocks = in_blocks  # False: as on a GPU
+    batches = torch.from_numpy(rows(cfg.batch_size * 5, mean=0.3)).split(cfg.batch_size)
+    for x, wrong in zip(batches, (1, 1, 100, 0.01, 1)):  # above 0.9 of such a cut lie too few, or many
+        sparse.cut *= wrong
         torch.testing.assert_close(sparse.step(x), dense.step(x), rtol=1e-5, atol=0)
         for a, b in zip(sparse.sae.parameters(), dense.sae.parameters()):
             assert a.grad is b.grad is None or (a.grad - b.grad).norm() <= 1e-5 * b.grad.norm()
@@ -229,25 +245,26 @@ def test_one_prefix_is_the_plain_batch_topk_sae():
 
 
 def test_aux_loss_equals_its_formula_and_moves_only_the_dead_latents():
-    g = torch.Generator().manual_seed(1)
-    sae, dead, others, total = msae.MatryoshkaSAE(4, 6, generator=g), [1, 3, 4], [0, 2, 5], 0.0
-    x, residual = torch.randn(2, 5, 4, generator=g)
-    for e, pre in zip(residual, sae.pre_acts(x).detach()):
+    trainer, dead, total = msae.Trainer(config(n_latents=6, prefixes=None), 4), [1, 3, 4], 0.0
+    sae, x = trainer.sae, torch.randn(5, 4, generator=torch.Generator().manual_seed(1))
+    weights = sae.W_enc, sae.b_enc, sae.W_dec
+    for e, pre in zip(x, sae.pre_acts(x)):  # nothing is kept, so the residual is x
         top = sorted(dead, key=lambda j: pre[j])[-2:]  # the two (D / 2) largest of three dead latents
         total += (e - sum(pre[j] * sae.W_dec[j] for j in top)).pow(2).sum()
-    expected = total / (residual - residual.mean(dim=0)).pow(2).sum()
-    loss = msae.aux_loss(sae, x, residual, torch.tensor(dead))
-    torch.testing.assert_close(loss, expected)
-    loss.backward()
-    W_enc, b_enc, W_dec, b_dec = (parameter.grad for parameter in sae.parameters())
-    assert W_enc[:, dead].norm() > 0 and b_enc[dead].norm() > 0 and W_dec[dead].norm() > 0 and b_dec is None
-    assert W_enc[:, others].norm() == b_enc[others].norm() == W_dec[others].norm() == 0
+    expected = trainer.cfg.aux_coef * total / (x - x.mean(dim=0)).pow(2).sum()
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    is_dead = torch.tensor([latent in dead for latent in range(6)])
+    loss = trainer.revive(x, torch.zeros(0), torch.zeros(0, dtype=torch.long), is_dead, len(dead))
+    torch.testing.assert_close(loss, expected.detach())
+    for weight, grad in zip(weights, torch.autograd.grad(expected, weights)):
+        torch.testing.assert_close(weight.grad, 1 + grad)
 
 
-@pytest.mark.parametrize("floor", [0.0, 0.5, 100.0])
+@pytest.mark.parametrize("cut", [0.0, 0.5, 100.0])
 @pytest.mark.parametrize("n, bias", [(17, 0.0), (260, 0.0), (17, -9.0)],
                          ids=["some", "all positive", "none positive"])
-def test_the_n_largest_of_the_whole_batch_are_kept_in_row_major_order(monkeypatch, n, bias, floor):
+def test_the_n_largest_of_the_whole_batch_are_kept_in_row_major_order(monkeypatch, n, bias, cut):
     monkeypatch.setattr(msae, "CACHED", 10)  # blocks of 5 latents
     g = torch.Generator().manual_seed(0)
     x, W_enc, b_enc = (torch.randint(-2, 3, shape, generator=g).float() for shape in ((8, 6), (6, 33), (33,)))
@@ -256,9 +273,10 @@ def test_the_n_largest_of_the_whole_batch_are_kept_in_row_major_order(monkeypatc
     values, index = msae.batch_topk(pre, n)
     assert torch.equal(values, pre.flatten()[index]) and (index.diff() > 0).all()
     assert sorted(values.tolist()) == largest
-    values, index = msae.sparse_topk(x, W_enc, b_enc + bias, n, floor)  # drops those that are 0
-    assert torch.equal(values, pre.flatten()[index]) and (index.diff() > 0).all()
-    assert sorted(values.tolist()) == [value for value in largest if value > 0]
+    for select in (msae.sparse_topk, msae.full_topk):  # the former falls back on the latter
+        values, index = select(x, W_enc, b_enc + bias, n, torch.tensor(cut))
+        assert torch.equal(values, pre.flatten()[index]) and (index.diff() > 0).all()
+        assert sorted(values.tolist()) == largest
 
 
 def test_prefixes_are_lengths_or_fractions_and_a_small_power_favours_short_ones():
@@ -1141,7 +1159,7 @@ def test_the_labels_of_some_of_many_rows_stay_beside_them(here, names):
 def test_every_help_shows_an_example_and_bench_the_step_beside_the_product():
     for command in ("toy", "train", "harvest", "eval", "push", "bench"):
         assert f"python cli.py {command}" in run(command, "--help") and command in run("--help")
-    assert re.search("(?s)encoder product alone.* x the product.*MiB", run(*BENCH))
+    assert re.search("(?s)8 . 2 spare latents.*encoder product alone.* x the product.*MiB", run(*BENCH))
 
 
 # ----------------------------------------------------------------------------------- the Hub and neighbours
@@ -1438,9 +1456,8 @@ def test_a_diverged_run_is_refused_and_not_saved(tmp_path, steps):
 def test_no_drift_over_many_steps_and_both_paths_end_alike():
     cfg = config(steps=300, lr=0.01, n_latents_start=40, dead_after=3200)
     data, fvu = torch.from_numpy(rows(24_000)), []
-    for fast in (True, False):
-        trainer = msae.Trainer(cfg, 16, mean=data.mean(dim=0), scale=12.0)
-        trainer.fast = fast
+    for kind in (msae.Trainer, Oracle):
+        trainer = kind(cfg, 16, mean=data.mean(dim=0), scale=12.0)
         for x in itertools.islice(msae.Rows(data[:20_000]).batches(64, 0), cfg.steps):
             trainer.step(x)
         sae = trainer.export()
