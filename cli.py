@@ -7,6 +7,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # the imports take seconds: Ctrl-C ends them without a trace
 
 import contextlib
+import dataclasses
 import json
 import math
 import shlex
@@ -154,7 +155,7 @@ COLOURS = ((13, 8, 42), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 
 @option("--config", type=OLD_FILE, default=Path(__file__).with_name("toy_config.json"), help="Settings.")
 @option("--seed", type=IntRange(0, 2**62), default=0, help="First seed: of directions, rows and weights.")
 @option("--seeds", type=IntRange(min=1), default=1, help="Number of seeds, one after the other.")
-@option("--out", type=FOLDER, default="runs/toy", help="Folder for toy.json and toy.svg.")
+@option("--out", type=FOLDER, default="runs/toy", help="Folder for toy.json, toy.svg and look.html.")
 def toy(config, seed, seeds, out):
     """The absorption experiment: a Matryoshka and a vanilla SAE on a tree of features."""
     settings, results = read_json(config), []
@@ -177,10 +178,11 @@ def toy(config, seed, seeds, out):
     maps = {"true features": pure, **{name: values / norms for name, values in acts.items()}}
     msae.write(out / "toy.json", results[0] if seeds == 1 else {"seeds": results})
     msae.write(out / "toy.svg", svg(maps).encode())
+    toy_page(out / "look.html", saes["matryoshka"], tree)
     show_table("True features recovered", RECOVERED, {name: toy_rows(name, results) for name in PUBLISHED})
     for rows in zip(*maps.values()) if console.color_system and not console.no_color else ():
         console.print(*("".join(f"[on {colour(a)}] [/]" for a in row) for row in rows), sep="  ", markup=True)
-    click.echo(f"wrote {out / 'toy.json'} and {out / 'toy.svg'}")
+    click.echo(f"wrote {out / 'toy.json'}, {out / 'toy.svg'} and {out / 'look.html'}")
 
 
 def toy_setup(settings, seed=0):
@@ -227,6 +229,9 @@ def svg(maps, cell=11):
 # ------------------------------------------------------------------------------------------------------ train
 FIGURES = {"latents": "{latents:,}", "FVU": "{fvu:.4f}", "L0": "{l0:.2f}", "cosine": "{max_cosine:.3f}",
            "dead": "{dead:.2%}", "silent": "{silent[share]:.2%}"}
+FAMILY = {"latents": "{latents:,}", "FVU inside": "{fvu:.4f}", "FVU alone": "{alone[fvu]:.4f}",
+          "L0 inside": "{l0:.2f}", "L0 alone": "{alone[l0]:.2f}", "cosine inside": "{max_cosine:.3f}",
+          "cosine alone": "{alone[max_cosine]:.3f}"}
 LEGEND = ("cosine: mean over latents of the largest with another decoder row; dead: never fire on these "
           "{rows:,} rows; silent: did not on the last {silent[rows]:,} training rows")
 
@@ -243,6 +248,7 @@ def numbers(text):
 @option("--pareto", "n_prefixes", type=int, help="Instead, sample this many prefixes at every step.")
 @option("--spare", type=click.FloatRange(0, 1000), help="Spare latents at first, part of F.  [default: 0.25]")
 @option("--baseline", is_flag=True, help="Then train the vanilla twin on the same batches and show both.")
+@option("--family", is_flag=True, help="Then train a vanilla SAE of each prefix's size and L0, to compare.")
 @option("--steps", type=int, help="Optimizer steps.  [default: 10000]")
 @option("--batch-size", type=int, help="Rows per step, of all processes together.  [default: 2048]")
 @option("--lr", type=float, help="Peak learning rate of Adam.  [default: 0.24 / sqrt(F), at most 0.01]")
@@ -254,7 +260,7 @@ def numbers(text):
 @option("--resume", is_flag=True, help="Go on with the run in --out, or in the newest default folder.")
 @option("--save-minutes", type=float, default=10, help="Minutes between checkpoints.")
 @option("--config", type=OLD_FILE, help="JSON with any TrainConfig fields; options override it.")
-def train(acts, device, out, config, spare, baseline, resume, save_minutes, **options):
+def train(acts, device, out, config, spare, baseline, family, resume, save_minutes, **options):
     """Train on activations and save a checkpoint that SAELens opens too.
 
     A tenth of the rows (at most 16,384) is set aside in random blocks for the figures at the end (eval.json).
@@ -264,21 +270,21 @@ def train(acts, device, out, config, spare, baseline, resume, save_minutes, **op
     cfg, beside, figures = run_config(config, spare, options), Path(f"{Path(acts)}.json"), {}
     about = read_json(beside) if beside.is_file() else {}
     about = {key: about[key] for key in ("model_name", "hook_name", "dataset", "base_model") if key in about}
+    about["acts"] = str(Path(acts).resolve())
     several, on_cuda = "LOCAL_RANK" in os.environ, device.type == "cuda"
     is_first = os.environ.get("RANK", "0") == "0"
     console.quiet = not is_first
     rows, held_out = read_rows(acts, cfg.max_norm).split_off(0.1, cfg.seed)
     folder = out or default_folder(Path("runs", f"{Path(acts).stem}-{cfg.n_latents}"), resume, is_first)
-    runs = [("matryoshka", cfg, folder, resume), ("vanilla", cfg.vanilla(), folder / "vanilla",
-                                                  resume and (folder / "vanilla" / msae.STATE).exists())]
+    runs = [("matryoshka", cfg, folder), *[("vanilla", cfg.vanilla(), folder / "vanilla")] * baseline]
     try:
         if several and on_cuda:
             torch.cuda.set_device(device)
         if several:
             torch.distributed.init_process_group("nccl" if on_cuda else "gloo")
-        for name, own, where, again in runs[: 1 + baseline]:
-            log = []
-            with progress(f"{name if baseline else 'train'}  step", own.steps, TRAINING) as show:
+        for name, own, where in runs:  # which a family makes longer
+            log, again = [], resume and (where == folder or (where / msae.STATE).exists())
+            with progress(f"{name if baseline or family else 'train'}  step", own.steps, TRAINING) as show:
                 sae = msae.train(rows, own, device=device, out=where, resume=again, metadata=about,
                                  on_log=lambda found: log.append(found) or show(found),
                                  save_minutes=save_minutes)
@@ -290,6 +296,12 @@ def train(acts, device, out, config, spare, baseline, resume, save_minutes, **op
                     if log[-1]["dead"] > 0.1:
                         found["remarks"].append(f"many latents are silent: try --lr {own.lr / 3:.1g}")
                 msae.write(where / EVAL, figures[name])
+            if family and where == folder:
+                levels = [found["prefixes"] if is_first else None]
+                if several:
+                    torch.distributed.broadcast_object_list(levels)
+                runs += [(f"alone-{own.n_latents}", own, folder / f"alone-{own.n_latents}")
+                         for own in (alone(cfg, level) for level in levels[0])]
     except (KeyboardInterrupt, SystemExit, RuntimeError) as error:
         if is_first:
             show_how_to_resume(folder, out)
@@ -304,7 +316,11 @@ def train(acts, device, out, config, spare, baseline, resume, save_minutes, **op
                 folder.rmdir()
                 folder.parent.rmdir()
     if is_first:
+        pairs = [{"alone": figures.pop(f"alone-{level['latents']}"), **level}
+                 for level in figures["matryoshka"]["prefixes"] if family]
         show_figures("held-out rows", FIGURES, figures)
+        if family:
+            show_table("The SAE inside against the SAE alone", FAMILY, {"": pairs})
     console.print(f"\nsaved {folder}\nload it with  sae = msae.MatryoshkaSAE.load({str(folder)!r})",
                   soft_wrap=True)
 
@@ -319,6 +335,15 @@ def run_config(path, spare, options):
         n_latents = new_config(settings | {"n_latents_start": None}).n_latents
         settings["n_latents_start"] = n_latents + round((0.25 if spare is None else spare) * n_latents)
     return new_config(settings)
+
+
+def alone(cfg, level):
+    """The vanilla twin of a prefix with these figures: its size, its L0, a learning rate for its size."""
+    p, k = level["latents"], max(round(level["l0"], 3), 1 / cfg.batch_size)
+    spare, rate = (cfg.n_latents_start or cfg.n_latents) / cfg.n_latents, msae.default_lr
+    return dataclasses.replace(
+        cfg.vanilla(), n_latents=p, prefixes=(p,), n_latents_start=round(spare * p), k=k,
+        k_start=cfg.k_start and min(p, cfg.k_start * k / cfg.k), lr=cfg.lr * rate(p) / rate(cfg.n_latents))
 
 
 def default_folder(path, resume, is_first):
@@ -425,11 +450,12 @@ def read_tokens(path, n_vocab=10_000, n_positions=256, n_most=math.inf):
 @option("--out", type=NEW_FILE, default="acts.npy", help="A new file.")
 def harvest(model_path, layer, device, tokens, max_rows, dtype, out):
     """Residual stream activations of TinyModel as rows for train, without those of [BEGIN] and [PAD]."""
-    if out.exists():
-        raise FileExistsError(f"{out} exists: choose another --out")
+    for file in (out, out.with_suffix(".ids.npy")):
+        if file.exists():
+            raise FileExistsError(f"{file} exists: choose another --out")
     model, hooks, ids = tiny_model(model_path, layer, device, tokens, max_rows)
     total = min(max_rows, int(torch.isin(ids, torch.tensor(DROPPED), invert=True).sum()))
-    size = total * model.embed.weight.shape[1] * np.dtype(dtype).itemsize
+    size = total * (model.embed.weight.shape[1] * np.dtype(dtype).itemsize + 8)
     if size > (free := shutil.disk_usage(out.parent).free):
         raise OSError(f"{out} would take {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: lower --max-rows")
     with progress("harvest  row", total) as show:
@@ -509,6 +535,270 @@ def label_rows(path, rows, most=20_000):
     y = labels[np.isin(np.arange(len(sizes)), chosen).repeat(sizes)][~far.numpy()].astype(np.int64)
     y, names = (y == 1, range(y.shape[1])) if y.ndim == 2 else (y[:, None] == values, values)
     return x[~far], torch.from_numpy(y), [str(name) for name in names]
+
+
+# ------------------------------------------------------------------------------------------------------- look
+SHAPED = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that byte-level tokens show as they are
+BYTE_OF = dict(zip(map(chr, [*SHAPED, *range(256, 324)]), [*SHAPED, *sorted({*range(256)} - {*SHAPED})]))
+PAGE = r"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title></title>
+<meta http-equiv="Content-Security-Policy" content="default-src 'unsafe-inline'"><style>
+:root { color-scheme: light dark; --soft: color-mix(in srgb, CanvasText 62%, Canvas); --link: light-dark(#8a3d05, #f2ab62);
+  --line: color-mix(in srgb, CanvasText 15%, Canvas); --mark: color-mix(in srgb, orange 13%, Canvas) }
+* { box-sizing: border-box; margin: 0 } a, b { color: var(--link); text-decoration: none } h3 { margin: 1.4rem 0 .4rem }
+body { height: 100vh; display: grid; grid: auto 1fr / minmax(20rem, 28rem) 1fr; font: 15px/1.5 system-ui }
+header { grid-column: 1 / 3; padding: .5rem 1rem; border-bottom: 1px solid var(--line) } #tree, main { overflow: auto }
+nav { display: flex; flex-direction: column; min-height: 0; border-right: 1px solid var(--line) } main { padding: 1.2rem 1.6rem }
+form { display: flex; flex-wrap: wrap; gap: .4rem; padding: .6rem 1rem } #find, form small { flex: 1 1 100% }
+input, select { flex: 1; font: inherit; border: 1px solid var(--line); border-radius: 4px; padding: .15rem .3rem; min-width: 0 }
+small, i, dt, th { color: var(--soft); font-style: normal; font-weight: 400 } i, dd, td { font-variant-numeric: tabular-nums }
+summary { display: flex; cursor: pointer } .level > summary { position: sticky; top: 0; background: var(--mark); font-weight: 600 }
+summary::before { content: "▸"; flex: 0 0 1.4rem; text-align: center } [open] > summary::before { content: "▾" }
+.leaf { padding-left: 1.4rem } details:not(.level) > :not(summary) { margin-left: .8rem } .line:hover, [aria-current] { background: var(--mark) }
+.line { display: flex; gap: .6rem; flex: 1; min-width: 0; padding: 0 .6rem 0 .2rem; color: inherit; border-radius: 4px }
+.line span { overflow: hidden; text-overflow: ellipsis; white-space: pre } .line i, summary i { margin-left: auto; padding-right: .6rem }
+u { background: color-mix(in srgb, orange calc(var(--a) * 60%), #0000); text-decoration: none; unicode-bidi: isolate }
+u.on { border-bottom: 2px solid } .rows { display: grid; grid: auto / auto 1fr; gap: .4rem .9rem } .rows i { text-align: right }
+.rows span { white-space: pre-wrap; overflow-wrap: anywhere } .two { display: grid; grid: auto / 1fr 20rem; gap: 0 2.5rem }
+dl { display: flex; flex-wrap: wrap; gap: 0 2rem; margin: .8rem 0 } dd { font-size: 1.3rem }
+svg { width: 100%; height: 5rem; fill: orange; border-bottom: 1px solid } td, th { text-align: right; padding-right: 1.2rem }
+@media (max-width: 900px) { body, .two { display: block } #tree { max-height: 42vh } main { padding: 1rem } }
+@media print { :root { color-scheme: light } nav { display: none } body { display: block } u { print-color-adjust: exact } }
+</style></head><body><header><a href="#"><b id="title"></b></a> <small id="about"></small></header><nav><form>
+<input id="find" type="search" placeholder="Number or token" aria-label="Number or token"><select id="level" aria-label="Level">
+<option value="">All levels</option></select><select id="sort" aria-label="Order"><option>by firing share</option>
+<option>by children</option><option>by number</option></select><small id="found"></small></form><div id="tree"></div></nav>
+<main></main><script id="data" type="application/json">DATA</script><script type="module">
+const $ = query => document.querySelector(query), data = JSON.parse($("#data").textContent), {levels, latents} = data;
+const at = new Map(latents.map(l => [l.latent, l])), count = x => x.toLocaleString("en");
+const percent = x => x.toLocaleString("en", {style: "percent", maximumSignificantDigits: 2});
+const centre = c => c.shades && data.vocab[data.tokens[c.from + c.at]];
+function make(tag, props, ...content) {  // content that is text never becomes markup
+  const node = Object.assign(document.createElement(tag), props);
+  node.append(...content);
+  return node;
+}
+for (const l of latents) {
+  const alike = c => l.largest.filter(other => centre(other) === centre(c)).length;
+  l.telling = l.largest.reduce((best, c) => alike(c) > alike(best) ? c : best, l.largest[0]);
+  l.name = data.truth?.filter(feature => feature.latent === l.latent).map(feature => feature.name).join(", ");
+  Object.assign(l, {level: levels.findIndex(end => l.latent < end), children: []});
+}
+for (const l of latents) at.get(l.parent?.[0])?.children.push(l);
+
+const link = (n, ...content) => make(at.has(n) ? "a" : "span", at.has(n) && {href: `#latent-${n}`}, ...content);
+function words(c, before = 10, after = 5) {
+  if (!c?.shades) return [c ? c.text ?? `row ${count(c.row)}` : "never on in these rows"];
+  return [...c.shades].map((shade, i) => {
+    const word = make("u", {className: i === c.at ? "on" : ""}, data.vocab[data.tokens[c.from + i]]);
+    word.style.setProperty("--a", parseInt(shade, 36) / 35);
+    return word;
+  }).slice(Math.max(0, c.at - before), c.at + after + 1);
+}
+function line(n, note) {
+  const l = at.get(n), text = !l ? ["not on this page"] : l.name ? [l.name] : words(l.telling, 3, 3);
+  const node = link(n, make("b", {}, n), make("span", {}, ...text), make("i", {}, note));
+  return Object.assign(node, {className: "line"});
+}
+const nest = (own, below) => !below.length ? make("div", {className: "leaf"}, own)
+  : make("details", {open: latents.length < 100}, make("summary", {}, own), ...below);
+const branch = l => nest(line(l.latent, percent(l.share)), sorted(l.children).map(branch));
+function sorted(list) {
+  const key = [l => l.share, l => l.children.length + l.share, l => -l.latent][$("#sort").selectedIndex];
+  return list.toSorted((a, b) => key(b) - key(a));
+}
+function drawTree() {
+  const wanted = $("#find").value.trim().toLowerCase(), level = $("#level").value, all = !wanted && !level;
+  const has = text => text?.toLowerCase().includes(wanted);
+  const found = latents.filter(l => (!level || l.level === +level) && (
+    !wanted || `${l.latent}` === wanted || has(l.name) || l.largest.some(c => has(centre(c)))));
+  const tops = found.filter(l => !all || !at.has(l.parent?.[0]));
+  $("#found").textContent = `${count(found.length)} latents` + (all ? `, ${count(found.length - tops.length)} below another` : "");
+  $("#tree").replaceChildren(...levels.map((end, i) => {
+    const title = make("summary", {}, `Level ${i + 1} `, make("i", {}, `latents ${levels[i - 1] ?? 0} to ${end - 1}`));
+    const own = sorted(tops.filter(l => l.level === i)).map(branch);
+    return make("details", {className: "level", open: true, hidden: !own.length}, title, ...own);
+  }));
+  mark();
+}
+const chosen = () => at.get(+location.hash.match(/^#latent-(\d+)$/)?.[1]);
+function mark() {  // the chosen latent, in the tree
+  $("#tree [aria-current]")?.removeAttribute("aria-current");
+  const a = $(`#tree a[href="#latent-${chosen()?.latent}"]`);
+  for (let up = a; up; up = up.parentElement.closest("details")) up.open = true;
+  a?.setAttribute("aria-current", "true");
+  a?.scrollIntoView({block: "nearest"});
+}
+function histogram(counts) {
+  const bars = counts.map((n, i) => `M${i + .05} 1v-${n / Math.max(1, ...counts)}h.9V1z`).join("");
+  return new DOMParser().parseFromString(`<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 1"
+    preserveAspectRatio="none"><path d="${bars}"/></svg>`, "image/svg+xml").documentElement;
+}
+const row = (l, c) => [make("i", {title: `row ${count(c.row)}`}, c.act.toPrecision(3)), make("span", {}, ...words(c),
+  ...(c.others ?? []).flatMap(n => n === l.latent ? [] : ["  ", link(n, n)]))];
+const figure = ([name, x]) => make("div", {}, make("dt", {}, name), make("dd", {}, x));
+const truth = parent => data.truth.filter(f => f.parent === parent).map(
+  f => nest(line(f.latent, `cosine ${f.cosine.toFixed(2)}`), truth(f.number)));
+function drawMain() {
+  const l = chosen(), up = at.get(l?.parent?.[0]), levelOf = n => levels.findIndex(end => n < end);
+  const part = (title, content) => content.length ? [make("h3", {}, title), ...content] : [];
+  const table = (title, contexts) => part(title, [make("div", {className: "rows"}, ...contexts.flatMap(c => row(l, c)))]);
+  document.title = $("#title").textContent = data.title;
+  $("#about").textContent = data.about;
+  $("main").replaceChildren(...!l ? [
+    make("h2", {}, "Which latent?"), make("p", {}, "Choose one on the left, or press the down key."),
+    ...data.truth ? part("The tree that there is, each true feature with the latent nearest to it", truth(null)) : []] : [
+    make("h2", {}, `Latent ${l.latent} `, make("small", {}, `level ${l.level + 1} of ${levels.length}`)),
+    make("dl", {}, ...Object.entries({"of the rows": percent(l.share), "largest": l.max, "mean where on": l.mean,
+      "latents below": l.children.length}).map(figure)),
+    make("div", {className: "two"},
+      make("section", {}, ...table("Where it is largest", l.largest), ...table("At random where it is on", l.random)),
+      make("section", {}, ...part(`Activations where it is on, 0 to ${l.max}`, [histogram(l.histogram)]),
+        ...part("Parent, directed cosine", l.parent ? [line(...l.parent)] : []),
+        ...part("Below it, share of the rows", sorted(l.children).map(child => line(child.latent, percent(child.share)))),
+        ...part("Nearest decoder rows, cosine", l.nearest.map(near => line(...near)))))]);
+}
+for (const name of ["find", "level", "sort"]) $(`#${name}`).addEventListener("input", drawTree);
+addEventListener("hashchange", () => { mark(); drawMain(); });
+addEventListener("keydown", event => {
+  const step = {ArrowDown: 1, ArrowUp: -1}[event.key], links = [...document.querySelectorAll("#tree a")].filter(a => a.checkVisibility());
+  if (!step || event.target.tagName === "SELECT") return;
+  event.preventDefault();
+  const next = links[links.findIndex(a => a.ariaCurrent) + step];
+  if (next) location.replace(next.hash);
+});
+drawTree(); drawMain();
+</script></body></html>
+"""
+
+
+@main.command(epilog="Example: python cli.py look runs/tiny-3072 --acts held.npy --vocab tokenizer.json")
+@click.argument("checkpoint", required=False)
+@option("--acts", help="As for train.  [default: the rows of training]")
+@option("--ids", type=OLD_FILE, help="A .npy of document and token id for each row, (rows, 2), or of token ids, "
+                                     "(rows,) or (docs, positions).  [default: X.ids.npy beside X.npy]")
+@option("--vocab", type=OLD_FILE, help='A tokenizer.json, or JSON: [tokens] or {"token": id}.')
+@option("--rows", "n_rows", type=IntRange(min=1), default=200_000, help="Of more, read random blocks.")
+@option("--latents", "most", type=IntRange(min=1), default=4096, help="Of more, show the most frequent.")
+@option("--max-norm", type=click.FloatRange(1), default=10, help="As for train.")
+@device_option
+@option("--out", type=NEW_FILE, help="A new file.  [default: look.html in the checkpoint's folder]")
+def look(checkpoint, acts, ids, vocab, n_rows, most, max_norm, device, out):
+    """A page of the latents of CHECKPOINT (or the newest in runs/) as a tree, and of where each is on."""
+    source = checkpoint or newest_checkpoint()
+    is_folder = Path(source).is_dir()
+    file = out or Path(source if is_folder else ".", "look.html")
+    if file.exists() and (out or not is_folder):
+        raise FileExistsError(f"{file} exists: choose another --out")
+    sae = msae.MatryoshkaSAE.load(source).to(device)
+    if not os.path.exists(acts := acts or str(sae.metadata.get("acts"))):
+        raise FileNotFoundError(f"there are no rows {acts}: name those for {source} with --acts")
+    rows, texts = read_rows(acts, max_norm), read_vocab(vocab) if vocab else {}
+    if len(sae.b_dec) != rows.d_model:
+        raise ValueError(f"{source} is for rows of width {len(sae.b_dec)}, {acts} has {rows.d_model}")
+    ids, sizes = token_ids(ids, acts, len(rows)), [stop - start for _, start, stop in rows.blocks]
+    chosen = np.random.default_rng(0).permutation(len(sizes))[: max(1, n_rows // rows.block)]
+    numbers = np.flatnonzero(np.isin(np.arange(len(sizes)), chosen).repeat(sizes))
+    with progress("look  row", len(numbers)) as show:
+        codes = msae.sparse_codes(sae, rows.keep(chosen), on_rows=show)
+    tokens, context = ({}, None) if ids is None else token_contexts(ids[numbers], texts, numbers)
+    write_page(file, sae, codes, numbers, most, context, f"{source}, {Path(acts).name}", **tokens)
+    click.echo(f"wrote {file}")
+
+
+def token_ids(path, acts, n):
+    """(n, 2), document and token id of each of ``n`` rows, of a file or of those beside ``acts``; or None."""
+    beside = sorted(Path(acts).glob("*.ids.npy")) if Path(acts).is_dir() else [Path(acts).with_suffix(".ids.npy")]
+    files = [path] if path else [file for file in beside if file.exists()]
+    if not files:
+        return None
+    ids = np.concatenate([msae.read_npy(file) for file in files])
+    if ids.dtype.kind not in "iu" or ids.shape != (n, 2) and (ids.size != n or ids.ndim > 2):
+        raise ValueError(f"{files[0]} must hold whole numbers ({n}, 2), ({n},) or (docs, positions), got "
+                         f"{ids.dtype} {ids.shape}")
+    return ids if ids.shape == (n, 2) else np.stack([np.arange(n) // ids.shape[-1], ids.reshape(-1)], axis=1)
+
+
+def read_vocab(path):
+    """{id: text} of a list of tokens, a map to ids or a tokenizer.json, byte-level tokens as what they say."""
+    with msae.reading(path, "a list of tokens, a map of tokens to ids or a tokenizer.json"):
+        found, added = json.loads(path.read_text(encoding="utf-8-sig")), {}
+        if isinstance(found, dict) and isinstance(found.get("model"), dict):
+            added = {each["id"]: each["content"] for each in found.get("added_tokens") or ()}
+            found = found["model"]["vocab"]
+        pairs = enumerate(found) if isinstance(found, list) else ((id, token) for token, id in found.items())
+        texts = {id: token if isinstance(token, str) else token[0] for id, token in pairs} | added
+        if any("Ġ" in text for text in texts.values()):
+            texts = {id: bytes(map(BYTE_OF.get, text)).decode(errors="replace") if {*text} <= BYTE_OF.keys() else text
+                     for id, text in texts.items()}
+        return {id: visible(text) for id, text in texts.items()}
+
+
+def visible(text):
+    """Line breaks and other characters without a shape as signs or as their code; SentencePiece's space."""
+    signs = {"\n": "⏎", "\t": "⇥", "▁": " "}
+    return "".join(signs.get(c, c if c.isprintable() else f"\\u{ord(c):04x}") for c in text) or "∅"
+
+
+def token_contexts(ids, texts, numbers):
+    """(Tokens for the page; the function of a row and a latent's activations, 0 to 1, that gives its context)."""
+    used, tokens = np.unique(ids[:, 1], return_inverse=True)
+    bounds = np.flatnonzero(np.r_[True, (np.diff(ids[:, 0]) != 0) | (np.diff(numbers) != 1), True])  # of texts
+
+    def context(row, acts):
+        text = np.searchsorted(bounds, row, side="right")
+        first, last = max(int(bounds[text - 1]), row - 10), min(bounds[text], row + 6)
+        shades = "".join(np.base_repr(round(35 * act), 36) for act in acts[first:last])
+        return {"from": first, "at": row - first, "shades": shades}
+
+    vocab = [texts.get(id, str(id)) for id in used.tolist()]
+    return {"tokens": tokens.tolist(), "vocab": vocab}, context
+
+
+def write_page(file, sae, codes, numbers, most, context, title, **more):
+    """Write the page of an SAE's ``codes`` of the rows with these ``numbers``, of at most ``most`` latents."""
+    starts, latent, value, far = codes
+    counts, acts, latents, shown = np.bincount(latent, minlength=len(sae.b_enc)), np.zeros(len(far)), [], []
+    levels = sorted(np.split(np.arange(len(counts)), sae.prefixes[:-1]), key=len)
+    for left, level in zip(range(len(levels), 0, -1), levels):  # what a small level leaves goes to larger ones
+        shown += level[np.argsort(-counts[level], kind="stable")][: (most - len(shown)) // left].tolist()
+    if context is None:
+        def context(row, acts):
+            on = slice(starts[row], starts[row + 1])
+            return {"others": latent[on][np.argsort(-value[on])][:8].tolist()}
+    with progress("look  latent", len(shown)) as show:
+        for figures, at, own in msae.latent_figures(sae, starts, latent, value, sorted(shown)):
+            acts[at] = own / max(figures["max"], 1e-99)
+            for kind in ("largest", "random"):
+                figures[kind] = [{"row": int(numbers[row]), "act": acts[row] * figures["max"], **context(row, acts)}
+                                 for row in figures[kind]]
+            acts[at] = 0
+            latents.append(figures)
+            show(len(latents))
+    about = f"{len(far):,} rows, {len(value) / max(1, (~far).sum()):.1f} of {len(counts):,} latents on in each"
+    about += f", {far.sum():,} rows too far out to count" * bool(far.any())
+    about += f"; shown are each level's most frequent, {len(shown):,}" * (len(shown) < len(counts))
+    data = json.dumps({"title": title, "about": about, "levels": sae.prefixes, "latents": latents, **more}, allow_nan=False)
+    data = json.loads(data, parse_float=lambda x: float(f"{float(x):.4g}"))
+    data = json.dumps(data, separators=(",", ":")).replace("<", r"\u003c")
+    msae.write(file, PAGE.replace("DATA", data, 1).encode())
+
+
+def toy_page(file, sae, tree):
+    """The latents' tree on fresh toy rows, beside the features' tree."""
+    features = tree.sample_features(20_000, torch.Generator().manual_seed(0))
+    cosine, latent = (torch.nn.functional.normalize(tree.directions, dim=1) @ sae.W_dec.data.T).max(dim=1)
+    truth = [{"number": i, "name": f"feature {i}", "parent": parent, "latent": int(latent[i]), "cosine": float(cosine[i])}
+             for i, parent in enumerate(tree.parent_of)]
+    write_page(file, sae, msae.sparse_codes(sae, features @ tree.directions), np.arange(20_000), len(sae.b_enc),
+               lambda row, acts: {"text": f"features {', '.join(map(str, features[row].nonzero().flatten().tolist()))}"},
+               "The toy", truth=truth)
+
+
+def newest_checkpoint():
+    if weights := max(Path("runs").glob(f"*/{msae.WEIGHTS}"), key=os.path.getmtime, default=None):
+        return weights.parent
+    raise FileNotFoundError("there is no checkpoint under runs/: train one, or name its folder")
 
 
 # ------------------------------------------------------------------------------------------------------ bench
@@ -591,15 +881,15 @@ recon = sae.decode(sae.encode(torch.randn(8, {D})))
 @option("--dry-run", is_flag=True, help="Show what would go up, without touching the network.")
 def push(checkpoint, repo, private, token, license, dry_run, revision, create_pr, commit_message):
     """Upload CHECKPOINT (or the newest in runs/) to REPO on the Hugging Face Hub, with a model card."""
-    weights = max(Path("runs").glob(f"*/{msae.WEIGHTS}"), key=os.path.getmtime, default=None)
-    if not (checkpoint or weights):
-        raise FileNotFoundError("there is no checkpoint under runs/: train one, or name its folder")
-    folder = (checkpoint or weights.parent).resolve()
+    folder = (checkpoint or newest_checkpoint()).resolve()
     repo = repo or folder.name
     name = repo if "/" in repo else f"YOUR_NAME/{repo}"
     card = model_card(folder, name, license, revision)
     paths = [folder / name for name in (msae.WEIGHTS, msae.CONFIG, msae.METRICS, EVAL)]
     files = {path.name: path.read_bytes() for path in paths if path.is_file()}
+    cfg = json.loads(files[msae.CONFIG])
+    (cfg.get("metadata") or {}).pop("acts", None)  # a path on this machine
+    files[msae.CONFIG] = json.dumps(cfg, indent=2).encode()
     files |= {"config.json": files[msae.CONFIG], "README.md": card.encode()}  # the Hub counts by the first
     if dry_run:
         lines = "".join(f"{len(content):>13,}  {file}\n" for file, content in files.items())
@@ -630,7 +920,7 @@ def model_card(folder, repo, license, revision):
             of = found.get("acts", "held out from training")
             figures = (f"{table}\n\nOn {found['rows']:,} rows ({of}). FVU: squared error over variance; "
                        f"L0: active latents per row; {legend(found)}.")
-    facts = [f"- {name}: {value}" for name, value in sae.metadata.items()]
+    facts = [f"- {name}: {value}" for name, value in sae.metadata.items() if name != "acts"]
     base = sae.metadata.get("base_model")
     return CARD.format(
         license=json.dumps(license), title=repo.split("/")[-1], figures=figures, facts="\n".join(facts),
