@@ -529,154 +529,163 @@ def label_rows(path, rows, most=20_000):
     if not 0 < len(values) <= 1000 or labels.ndim == 2 and not set(values) <= {0, 1}:
         raise ValueError(f"{path} must hold whole numbers ({n},), up to 1000 different, or 0 and 1 ({n}, C), "
                          f"got {labels.dtype} {labels.shape} {labels.reshape(-1)[:5]}")
-    sizes = [stop - start for _, start, stop in rows.blocks]
-    chosen = np.random.default_rng(0).permutation(len(sizes))[: most // max(sizes)]
-    x, far = rows.keep(chosen).read_all()
-    y = labels[np.isin(np.arange(len(sizes)), chosen).repeat(sizes)][~far.numpy()].astype(np.int64)
+    rows, chosen = some_blocks(rows, most)
+    x, far = rows.read_all()
+    y = labels[chosen][~far.numpy()].astype(np.int64)
     y, names = (y == 1, range(y.shape[1])) if y.ndim == 2 else (y[:, None] == values, values)
     return x[~far], torch.from_numpy(y), [str(name) for name in names]
 
 
+def some_blocks(rows, most):
+    """(Random whole blocks of ``rows``, at most ``most`` rows or one block; which of all rows they are)."""
+    sizes = [stop - start for _, start, stop in rows.blocks]
+    chosen = np.random.default_rng(0).permutation(len(sizes))[: max(1, most // max(sizes))]
+    return rows.keep(chosen), np.isin(np.arange(len(sizes)), chosen).repeat(sizes)
+
+
 # ------------------------------------------------------------------------------------------------------- look
-SHAPED = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that byte-level tokens show as they are
-BYTE_OF = dict(zip(map(chr, [*SHAPED, *range(256, 324)]), [*SHAPED, *sorted({*range(256)} - {*SHAPED})]))
 PAGE = r"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title></title>
 <meta http-equiv="Content-Security-Policy" content="default-src 'unsafe-inline'"><style>
-:root { color-scheme: light dark; --soft: color-mix(in srgb, CanvasText 62%, Canvas); --link: light-dark(#8a3d05, #f2ab62);
-  --line: color-mix(in srgb, CanvasText 15%, Canvas); --mark: color-mix(in srgb, orange 13%, Canvas) }
-* { box-sizing: border-box; margin: 0 } a, b { color: var(--link); text-decoration: none } h3 { margin: 1.4rem 0 .4rem }
-body { height: 100vh; display: grid; grid: auto 1fr / minmax(20rem, 28rem) 1fr; font: 15px/1.5 system-ui }
-header { grid-column: 1 / 3; padding: .5rem 1rem; border-bottom: 1px solid var(--line) } #tree, main { overflow: auto }
-nav { display: flex; flex-direction: column; min-height: 0; border-right: 1px solid var(--line) } main { padding: 1.2rem 1.6rem }
-form { display: flex; flex-wrap: wrap; gap: .4rem; padding: .6rem 1rem } #find, form small { flex: 1 1 100% }
-input, select { flex: 1; font: inherit; border: 1px solid var(--line); border-radius: 4px; padding: .15rem .3rem; min-width: 0 }
-small, i, dt, th { color: var(--soft); font-style: normal; font-weight: 400 } i, dd, td { font-variant-numeric: tabular-nums }
-summary { display: flex; cursor: pointer } .level > summary { position: sticky; top: 0; background: var(--mark); font-weight: 600 }
-summary::before { content: "▸"; flex: 0 0 1.4rem; text-align: center } [open] > summary::before { content: "▾" }
-.leaf { padding-left: 1.4rem } details:not(.level) > :not(summary) { margin-left: .8rem } .line:hover, [aria-current] { background: var(--mark) }
-.line { display: flex; gap: .6rem; flex: 1; min-width: 0; padding: 0 .6rem 0 .2rem; color: inherit; border-radius: 4px }
-.line span { overflow: hidden; text-overflow: ellipsis; white-space: pre } .line i, summary i { margin-left: auto; padding-right: .6rem }
-u { background: color-mix(in srgb, orange calc(var(--a) * 60%), #0000); text-decoration: none; unicode-bidi: isolate }
-u.on { border-bottom: 2px solid } .rows { display: grid; grid: auto / auto 1fr; gap: .4rem .9rem } .rows i { text-align: right }
-.rows span { white-space: pre-wrap; overflow-wrap: anywhere } .two { display: grid; grid: auto / 1fr 20rem; gap: 0 2.5rem }
-dl { display: flex; flex-wrap: wrap; gap: 0 2rem; margin: .8rem 0 } dd { font-size: 1.3rem }
-svg { width: 100%; height: 5rem; fill: orange; border-bottom: 1px solid } td, th { text-align: right; padding-right: 1.2rem }
-@media (max-width: 900px) { body, .two { display: block } #tree { max-height: 42vh } main { padding: 1rem } }
-@media print { :root { color-scheme: light } nav { display: none } body { display: block } u { print-color-adjust: exact } }
-</style></head><body><header><a href="#"><b id="title"></b></a> <small id="about"></small></header><nav><form>
-<input id="find" type="search" placeholder="Number or token" aria-label="Number or token"><select id="level" aria-label="Level">
-<option value="">All levels</option></select><select id="sort" aria-label="Order"><option>by firing share</option>
-<option>by children</option><option>by number</option></select><small id="found"></small></form><div id="tree"></div></nav>
-<main></main><script id="data" type="application/json">DATA</script><script type="module">
-const $ = query => document.querySelector(query), data = JSON.parse($("#data").textContent), {levels, latents} = data;
-const at = new Map(latents.map(l => [l.latent, l])), count = x => x.toLocaleString("en");
+:root { color-scheme: light dark; --mark: color-mix(in srgb, orange 13%, Canvas) }
+* { box-sizing: border-box; margin: 0; font: inherit } h2, h3, b { font-weight: 600 } h2 { font-size: 1.5em }
+a, b { color: light-dark(#8a3d05, #f2ab62); text-decoration: none } h3 { margin: 1.3em 0 .4em }
+i, small { color: color-mix(in srgb, CanvasText 65%, Canvas); font-variant-numeric: tabular-nums }
+body { height: 100vh; display: grid; grid: 1fr / minmax(20em, 28em) 1fr; font: 15px/1.5 system-ui }
+nav { display: flex; flex-direction: column; border-right: 1px solid silver; min-height: 0 }
+header { display: flex; flex-wrap: wrap; gap: .5em; padding: .8em } select { flex: 1; width: 0 }
+.all { flex: 1 0 100% } #tree, main { overflow: auto } main { padding: .8em 1.6em }
+summary { display: flex } .leaf { padding-left: 1.3em } [open] > summary::before { rotate: 90deg }
+summary::before { content: "▸"; flex: 0 0 1.3em; text-align: center }
+.level > summary { position: sticky; top: 0; z-index: 1 } .line b { min-width: 2.4em }
+.level > summary, .now, .line:hover { background: var(--mark) } .on { border-bottom: 2px solid }
+.level > :not(summary) { content-visibility: auto; contain-intrinsic-height: auto 1.5em }
+details:not(.level) > :not(summary) { margin-left: .8em }
+.rows, .two { display: grid; grid: auto / auto 1fr; gap: .4em .9em } .two { grid: auto / 1fr 20em; gap: 2em }
+.line { display: flex; flex: 1; gap: .6em; min-width: 0; padding-right: .6em; color: inherit }
+.line > span { flex: 1; overflow: hidden; text-overflow: ellipsis; white-space: pre }
+u { background: color-mix(in srgb, orange calc(var(--a) * 60%), #0000); text-decoration: none }
+u, span { unicode-bidi: isolate } .rows span { white-space: pre-wrap; overflow-wrap: anywhere }
+svg { width: 100%; height: 5em; fill: orange; border-bottom: 1px solid }
+@media (max-width: 900px) { body, .two { display: block } #tree { max-height: 42vh } main { padding: .8em } }
+@media print { nav { display: none } body { display: block; color-scheme: light; print-color-adjust: exact } }
+</style></head><body><nav><header><a class="all" href="#"><b></b></a>
+<input class="all" type="search" id="find" placeholder="Number or token" aria-label="Number or token">
+<select id="level" aria-label="Level"><option>All levels</option></select>
+<select id="sort" aria-label="Order"><option>by firing share</option><option>by children</option>
+<option>by number</option></select><small></small></header><div id="tree"></div></nav><main></main>
+<script id="data" type="application/json">DATA</script><script type="module">
+const $ = query => document.querySelector(query), data = JSON.parse($("#data").textContent);
+const {ends, latents} = data, at = new Map(latents.map(l => [l.latent, l]));
+const levels = ends.map((end, i) => `Level ${i + 1}: latents ${ends[i - 1] ?? 0} to ${end - 1}`);
+const chosen = () => at.get(parseInt(location.hash.slice(8)));  // of #latent-123
+const group = () => Map.groupBy(latents, l => at.has(l.parent?.[0]) ? l.parent[0] : "none");
+let below = group();
+const children = l => below.get(l.latent) ?? [];
+const level = l => ends.findIndex(end => l.latent < end);
+const keys = [l => l.share, l => children(l).length, l => -l.latent];
 const percent = x => x.toLocaleString("en", {style: "percent", maximumSignificantDigits: 2});
-const centre = c => c.shades && data.vocab[data.tokens[c.from + c.at]];
 function make(tag, props, ...content) {  // content that is text never becomes markup
   const node = Object.assign(document.createElement(tag), props);
   node.append(...content);
   return node;
 }
-for (const l of latents) {
-  const alike = c => l.largest.filter(other => centre(other) === centre(c)).length;
-  l.telling = l.largest.reduce((best, c) => alike(c) > alike(best) ? c : best, l.largest[0]);
-  l.name = data.truth?.filter(feature => feature.latent === l.latent).map(feature => feature.name).join(", ");
-  Object.assign(l, {level: levels.findIndex(end => l.latent < end), children: []});
+function link(n, props, ...content) {
+  return make(at.has(n) ? "a" : "span", {...props, ...at.has(n) && {href: `#latent-${n}`}}, ...content);
 }
-for (const l of latents) at.get(l.parent?.[0])?.children.push(l);
-
-const link = (n, ...content) => make(at.has(n) ? "a" : "span", at.has(n) && {href: `#latent-${n}`}, ...content);
+const token = i => data.vocab[data.tokens[i]];
 function words(c, before = 10, after = 5) {
-  if (!c?.shades) return [c ? c.text ?? `row ${count(c.row)}` : "never on in these rows"];
+  if (!c?.shades) return [c ? c.text ?? `row ${c.row}` : "never on in these rows"];
   return [...c.shades].map((shade, i) => {
-    const word = make("u", {className: i === c.at ? "on" : ""}, data.vocab[data.tokens[c.from + i]]);
+    const word = make("u", {className: i === c.at ? "on" : ""}, token(c.from + i));
     word.style.setProperty("--a", parseInt(shade, 36) / 35);
-    return word;
+    return shade === "0" ? token(c.from + i) : word;
   }).slice(Math.max(0, c.at - before), c.at + after + 1);
 }
 function line(n, note) {
-  const l = at.get(n), text = !l ? ["not on this page"] : l.name ? [l.name] : words(l.telling, 3, 3);
-  const node = link(n, make("b", {}, n), make("span", {}, ...text), make("i", {}, note));
-  return Object.assign(node, {className: "line"});
+  const l = at.get(n), name = data.truth?.find(feature => feature.latent === n)?.name;
+  const text = name ? [name] : l ? words(l.largest[0], 2, 3) : ["not on this page"];
+  return link(n, {className: "line"}, make("b", {}, n), make("span", {}, ...text), make("i", {}, note));
 }
-const nest = (own, below) => !below.length ? make("div", {className: "leaf"}, own)
-  : make("details", {open: latents.length < 100}, make("summary", {}, own), ...below);
-const branch = l => nest(line(l.latent, percent(l.share)), sorted(l.children).map(branch));
-function sorted(list) {
-  const key = [l => l.share, l => l.children.length + l.share, l => -l.latent][$("#sort").selectedIndex];
-  return list.toSorted((a, b) => key(b) - key(a));
+function nest(own, nested) {
+  return nested.length ? make("details", {open: latents.length < 100}, make("summary", {}, own), ...nested)
+    : make("div", {className: "leaf"}, own);
 }
+const branch = l => nest(line(l.latent, percent(l.share)), children(l).map(branch));
+const truth = parent => (data.truth ?? []).filter(feature => feature.parent === parent).map(
+  feature => nest(line(feature.latent, `cosine ${feature.cosine.toFixed(2)}`), truth(feature.number)));
 function drawTree() {
-  const wanted = $("#find").value.trim().toLowerCase(), level = $("#level").value, all = !wanted && !level;
-  const has = text => text?.toLowerCase().includes(wanted);
-  const found = latents.filter(l => (!level || l.level === +level) && (
-    !wanted || `${l.latent}` === wanted || has(l.name) || l.largest.some(c => has(centre(c)))));
-  const tops = found.filter(l => !all || !at.has(l.parent?.[0]));
-  $("#found").textContent = `${count(found.length)} latents` + (all ? `, ${count(found.length - tops.length)} below another` : "");
-  $("#tree").replaceChildren(...levels.map((end, i) => {
-    const title = make("summary", {}, `Level ${i + 1} `, make("i", {}, `latents ${levels[i - 1] ?? 0} to ${end - 1}`));
-    const own = sorted(tops.filter(l => l.level === i)).map(branch);
-    return make("details", {className: "level", open: true, hidden: !own.length}, title, ...own);
+  const key = keys[$("#sort").selectedIndex], only = $("#level").selectedIndex - 1;
+  const wanted = $("#find").value.trim().toLowerCase(), all = !wanted && only < 0;
+  const has = c => (c.shades ? token(c.from + c.at).toLowerCase() : "").includes(wanted);
+  latents.sort((a, b) => key(b) - key(a) || b.share - a.share);
+  below = group();
+  const found = all ? below.get("none") : latents.filter(l => (only < 0 || level(l) === only)
+    && (!wanted || `${l.latent}` === wanted || l.largest.some(has)));
+  $("small").textContent = `${found.length} ${all ? "latents, with those below them" : "found"}`;
+  $("#tree").replaceChildren(...levels.map((title, i) => {
+    const own = found.filter(l => level(l) === i).map(branch), head = make("summary", {}, title);
+    return make("details", {className: "level", open: true, hidden: !own.length}, head, ...own);
   }));
   mark();
 }
-const chosen = () => at.get(+location.hash.match(/^#latent-(\d+)$/)?.[1]);
 function mark() {  // the chosen latent, in the tree
-  $("#tree [aria-current]")?.removeAttribute("aria-current");
   const a = $(`#tree a[href="#latent-${chosen()?.latent}"]`);
+  $(".now")?.classList.remove("now");
   for (let up = a; up; up = up.parentElement.closest("details")) up.open = true;
-  a?.setAttribute("aria-current", "true");
+  a?.classList.add("now");
   a?.scrollIntoView({block: "nearest"});
 }
+function section(title, content) {
+  return make("section", {hidden: !content.length}, make("h3", {}, title), ...content);
+}
+function rows(title, contexts) {
+  return section(title, [make("div", {className: "rows"}, ...contexts.flatMap(c => [
+    make("i", {title: `row ${c.row}`}, c.act.toPrecision(3)),
+    make("span", {}, ...words(c), ...(c.others ?? []).flatMap(n => ["  ", link(n, {}, n)]))]))]);
+}
 function histogram(counts) {
-  const bars = counts.map((n, i) => `M${i + .05} 1v-${n / Math.max(1, ...counts)}h.9V1z`).join("");
-  return new DOMParser().parseFromString(`<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 1"
-    preserveAspectRatio="none"><path d="${bars}"/></svg>`, "image/svg+xml").documentElement;
+  const bars = counts.map((n, i) => `M${i + .05} 1v-${n / Math.max(1, ...counts)}h.9V1z`).join(" ");
+  const svg = `<svg viewBox="0 0 16 1" preserveAspectRatio="none"><path d="${bars}"/></svg>`;
+  return make("div", {innerHTML: svg});
 }
-const row = (l, c) => [make("i", {title: `row ${count(c.row)}`}, c.act.toPrecision(3)), make("span", {}, ...words(c),
-  ...(c.others ?? []).flatMap(n => n === l.latent ? [] : ["  ", link(n, n)]))];
-const figure = ([name, x]) => make("div", {}, make("dt", {}, name), make("dd", {}, x));
-const truth = parent => data.truth.filter(f => f.parent === parent).map(
-  f => nest(line(f.latent, `cosine ${f.cosine.toFixed(2)}`), truth(f.number)));
 function drawMain() {
-  const l = chosen(), up = at.get(l?.parent?.[0]), levelOf = n => levels.findIndex(end => n < end);
-  const part = (title, content) => content.length ? [make("h3", {}, title), ...content] : [];
-  const table = (title, contexts) => part(title, [make("div", {className: "rows"}, ...contexts.flatMap(c => row(l, c)))]);
-  document.title = $("#title").textContent = data.title;
-  $("#about").textContent = data.about;
-  $("main").replaceChildren(...!l ? [
-    make("h2", {}, "Which latent?"), make("p", {}, "Choose one on the left, or press the down key."),
-    ...data.truth ? part("The tree that there is, each true feature with the latent nearest to it", truth(null)) : []] : [
-    make("h2", {}, `Latent ${l.latent} `, make("small", {}, `level ${l.level + 1} of ${levels.length}`)),
-    make("dl", {}, ...Object.entries({"of the rows": percent(l.share), "largest": l.max, "mean where on": l.mean,
-      "latents below": l.children.length}).map(figure)),
+  const l = chosen();
+  document.title = $("b").textContent = data.title;
+  $("main").replaceChildren(...l ? [make("h2", {}, `Latent ${l.latent}`), make("p", {}, levels[level(l)],
+      `. On in ${percent(l.share)} of the rows, largest ${l.max}, mean where on ${l.mean}.`),
     make("div", {className: "two"},
-      make("section", {}, ...table("Where it is largest", l.largest), ...table("At random where it is on", l.random)),
-      make("section", {}, ...part(`Activations where it is on, 0 to ${l.max}`, [histogram(l.histogram)]),
-        ...part("Parent, directed cosine", l.parent ? [line(...l.parent)] : []),
-        ...part("Below it, share of the rows", sorted(l.children).map(child => line(child.latent, percent(child.share)))),
-        ...part("Nearest decoder rows, cosine", l.nearest.map(near => line(...near)))))]);
+      make("div", {}, rows("Where it is largest", l.largest), rows("At random where it is on", l.random)),
+      make("div", {}, section(`Activations, from 0 to ${l.max}`, [histogram(l.histogram)]),
+        section("Above it, with directed cosine", l.parent ? [line(...l.parent)] : []),
+        section("Below it, with share of the rows", children(l).map(l => line(l.latent, percent(l.share)))),
+        section("Nearest decoder rows, with cosine", l.nearest.map(near => line(...near)))))]
+    : [make("h2", {}, data.title), make("p", {}, data.about, ". Choose one, or press the down key."),
+       section("The tree that there is, with the latent nearest to each feature", truth(null))]);
+  $("main").scrollTop = 0;
 }
-for (const name of ["find", "level", "sort"]) $(`#${name}`).addEventListener("input", drawTree);
-addEventListener("hashchange", () => { mark(); drawMain(); });
+$("#level").append(...levels.map(title => make("option", {}, title)));
+$("header").addEventListener("input", drawTree);
+addEventListener("hashchange", () => mark(drawMain()));
 addEventListener("keydown", event => {
-  const step = {ArrowDown: 1, ArrowUp: -1}[event.key], links = [...document.querySelectorAll("#tree a")].filter(a => a.checkVisibility());
+  const step = {ArrowDown: 1, ArrowUp: -1}[event.key];
   if (!step || event.target.tagName === "SELECT") return;
+  const links = [...document.querySelectorAll("#tree a")].filter(a => a.checkVisibility());
+  location.replace(links[links.indexOf($(".now")) + step]?.hash ?? location.hash);
   event.preventDefault();
-  const next = links[links.findIndex(a => a.ariaCurrent) + step];
-  if (next) location.replace(next.hash);
 });
-drawTree(); drawMain();
+drawTree(drawMain());
 </script></body></html>
 """
+SHAPED = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that such tokens show as they are
+BYTE_OF = dict(zip(map(chr, [*SHAPED, *range(256, 324)]), [*SHAPED, *sorted({*range(256)} - {*SHAPED})]))
 
 
 @main.command(epilog="Example: python cli.py look runs/tiny-3072 --acts held.npy --vocab tokenizer.json")
 @click.argument("checkpoint", required=False)
 @option("--acts", help="As for train.  [default: the rows of training]")
-@option("--ids", type=OLD_FILE, help="A .npy of document and token id for each row, (rows, 2), or of token ids, "
-                                     "(rows,) or (docs, positions).  [default: X.ids.npy beside X.npy]")
+@option("--ids", type=OLD_FILE, help="A .npy of token ids: (rows,), (docs, positions), or (rows, 2) with the "
+        "number of the document before each.  [default: X.ids.npy beside X.npy]")
 @option("--vocab", type=OLD_FILE, help='A tokenizer.json, or JSON: [tokens] or {"token": id}.')
 @option("--rows", "n_rows", type=IntRange(min=1), default=200_000, help="Of more, read random blocks.")
 @option("--latents", "most", type=IntRange(min=1), default=4096, help="Of more, show the most frequent.")
@@ -686,31 +695,27 @@ drawTree(); drawMain();
 def look(checkpoint, acts, ids, vocab, n_rows, most, max_norm, device, out):
     """A page of the latents of CHECKPOINT (or the newest in runs/) as a tree, and of where each is on."""
     source = checkpoint or newest_checkpoint()
-    is_folder = Path(source).is_dir()
-    file = out or Path(source if is_folder else ".", "look.html")
-    if file.exists() and (out or not is_folder):
+    file = out or Path(source if Path(source).is_dir() else "", "look.html")
+    if file.exists() and (out or not Path(source).is_dir()):
         raise FileExistsError(f"{file} exists: choose another --out")
     sae = msae.MatryoshkaSAE.load(source).to(device)
-    if not os.path.exists(acts := acts or str(sae.metadata.get("acts"))):
-        raise FileNotFoundError(f"there are no rows {acts}: name those for {source} with --acts")
+    acts = acts or str(sae.metadata.get("acts", "as --acts is missing"))
     rows, texts = read_rows(acts, max_norm), read_vocab(vocab) if vocab else {}
     if len(sae.b_dec) != rows.d_model:
         raise ValueError(f"{source} is for rows of width {len(sae.b_dec)}, {acts} has {rows.d_model}")
-    ids, sizes = token_ids(ids, acts, len(rows)), [stop - start for _, start, stop in rows.blocks]
-    chosen = np.random.default_rng(0).permutation(len(sizes))[: max(1, n_rows // rows.block)]
-    numbers = np.flatnonzero(np.isin(np.arange(len(sizes)), chosen).repeat(sizes))
-    with progress("look  row", len(numbers)) as show:
-        codes = msae.sparse_codes(sae, rows.keep(chosen), on_rows=show)
+    ids, (rows, chosen) = token_ids(ids, acts, len(rows)), some_blocks(rows, n_rows)
+    with progress("look  row", len(rows)) as show:
+        codes = msae.sparse_codes(sae, rows, on_rows=show)
+    numbers = np.flatnonzero(chosen)
     tokens, context = ({}, None) if ids is None else token_contexts(ids[numbers], texts, numbers)
-    write_page(file, sae, codes, numbers, most, context, f"{source}, {Path(acts).name}", **tokens)
+    write_page(file, sae, codes, numbers, context, most, title=f"{source}, {Path(acts).name}", **tokens)
     click.echo(f"wrote {file}")
 
 
 def token_ids(path, acts, n):
-    """(n, 2), document and token id of each of ``n`` rows, of a file or of those beside ``acts``; or None."""
-    beside = sorted(Path(acts).glob("*.ids.npy")) if Path(acts).is_dir() else [Path(acts).with_suffix(".ids.npy")]
-    files = [path] if path else [file for file in beside if file.exists()]
-    if not files:
+    """(n, 2), document and token of each of ``n`` rows, by a file or harvest's beside ``acts``, or None."""
+    beside = Path(acts).glob("*.ids.npy") if Path(acts).is_dir() else [Path(acts).with_suffix(".ids.npy")]
+    if not (files := [path] if path else sorted(file for file in beside if file.exists())):
         return None
     ids = np.concatenate([msae.read_npy(file) for file in files])
     if ids.dtype.kind not in "iu" or ids.shape != (n, 2) and (ids.size != n or ids.ndim > 2):
@@ -720,67 +725,64 @@ def token_ids(path, acts, n):
 
 
 def read_vocab(path):
-    """{id: text} of a list of tokens, a map to ids or a tokenizer.json, byte-level tokens as what they say."""
+    """{id: text} of a list of tokens, a map to ids or a tokenizer.json; byte-level ones are decoded."""
     with msae.reading(path, "a list of tokens, a map of tokens to ids or a tokenizer.json"):
-        found, added = json.loads(path.read_text(encoding="utf-8-sig")), {}
+        found, added = json.loads(path.read_text(encoding="utf-8-sig")), []
         if isinstance(found, dict) and isinstance(found.get("model"), dict):
-            added = {each["id"]: each["content"] for each in found.get("added_tokens") or ()}
-            found = found["model"]["vocab"]
-        pairs = enumerate(found) if isinstance(found, list) else ((id, token) for token, id in found.items())
-        texts = {id: token if isinstance(token, str) else token[0] for id, token in pairs} | added
+            found, added = found["model"]["vocab"], found.get("added_tokens") or []
+        tokens = [token if isinstance(token, str) else token[0] for token in found]
+        texts = dict(zip(found.values() if isinstance(found, dict) else range(len(found)), tokens))
+        texts |= {each["id"]: each["content"] for each in added}
         if any("Ġ" in text for text in texts.values()):
-            texts = {id: bytes(map(BYTE_OF.get, text)).decode(errors="replace") if {*text} <= BYTE_OF.keys() else text
-                     for id, text in texts.items()}
+            texts = {id: bytes(map(BYTE_OF.get, text)).decode(errors="replace") if {*text} <= BYTE_OF.keys()
+                     else text for id, text in texts.items()}
         return {id: visible(text) for id, text in texts.items()}
 
 
 def visible(text):
-    """Line breaks and other characters without a shape as signs or as their code; SentencePiece's space."""
+    """Line breaks and what else has no shape as signs or codes, SentencePiece's spaces as spaces."""
     signs = {"\n": "⏎", "\t": "⇥", "▁": " "}
     return "".join(signs.get(c, c if c.isprintable() else f"\\u{ord(c):04x}") for c in text) or "∅"
 
 
 def token_contexts(ids, texts, numbers):
-    """(Tokens for the page; the function of a row and a latent's activations, 0 to 1, that gives its context)."""
+    """(Tokens for the page; what gives the context of a row, with a latent's activations, from 0 to 1)."""
     used, tokens = np.unique(ids[:, 1], return_inverse=True)
-    bounds = np.flatnonzero(np.r_[True, (np.diff(ids[:, 0]) != 0) | (np.diff(numbers) != 1), True])  # of texts
+    cuts = (np.diff(ids[:, 0]) != 0) | (np.diff(numbers) != 1)
+    bounds = np.flatnonzero(np.r_[True, cuts, True])  # of texts
 
     def context(row, acts):
         text = np.searchsorted(bounds, row, side="right")
-        first, last = max(int(bounds[text - 1]), row - 10), min(bounds[text], row + 6)
-        shades = "".join(np.base_repr(round(35 * act), 36) for act in acts[first:last])
+        first, end = int(max(bounds[text - 1], row - 10)), min(bounds[text], row + 6)
+        shades = "".join(np.base_repr(round(35 * act), 36) for act in acts[first:end])
         return {"from": first, "at": row - first, "shades": shades}
 
-    vocab = [texts.get(id, str(id)) for id in used.tolist()]
-    return {"tokens": tokens.tolist(), "vocab": vocab}, context
+    return {"tokens": tokens.tolist(), "vocab": [texts.get(id, str(id)) for id in used.tolist()]}, context
 
 
-def write_page(file, sae, codes, numbers, most, context, title, **more):
-    """Write the page of an SAE's ``codes`` of the rows with these ``numbers``, of at most ``most`` latents."""
+def write_page(file, sae, codes, numbers, context, most, **more):
+    """Write the page of about ``most`` latents, and of rows with these ``numbers`` and their ``codes``."""
     starts, latent, value, far = codes
-    counts, acts, latents, shown = np.bincount(latent, minlength=len(sae.b_enc)), np.zeros(len(far)), [], []
-    levels = sorted(np.split(np.arange(len(counts)), sae.prefixes[:-1]), key=len)
-    for left, level in zip(range(len(levels), 0, -1), levels):  # what a small level leaves goes to larger ones
-        shown += level[np.argsort(-counts[level], kind="stable")][: (most - len(shown)) // left].tolist()
-    if context is None:
-        def context(row, acts):
-            on = slice(starts[row], starts[row + 1])
-            return {"others": latent[on][np.argsort(-value[on])][:8].tolist()}
+    F, ends, counts = len(sae.b_enc), list(sae.prefixes), np.bincount(latent, minlength=len(sae.b_enc))
+    shown = [level[np.argsort(-counts[level], kind="stable")[: -(-most * len(level) // F)]]
+             for level in np.split(np.arange(F), ends[:-1])]  # the same share of each level
+    shown, acts, latents = np.sort(np.concatenate(shown)), np.zeros(len(far)), []
+    context = context or (lambda row, acts: {"others": latent[starts[row] + np.argsort(
+        -value[starts[row]:starts[row + 1]])[:9]].tolist()})
     with progress("look  latent", len(shown)) as show:
-        for figures, at, own in msae.latent_figures(sae, starts, latent, value, sorted(shown)):
+        for figures, at, own in msae.latent_figures(sae, starts, latent, value, shown):
             acts[at] = own / max(figures["max"], 1e-99)
             for kind in ("largest", "random"):
-                figures[kind] = [{"row": int(numbers[row]), "act": acts[row] * figures["max"], **context(row, acts)}
-                                 for row in figures[kind]]
+                figures[kind] = [{"row": int(numbers[row]), "act": acts[row] * figures["max"],
+                                  **context(row, acts)} for row in figures[kind]]
             acts[at] = 0
             latents.append(figures)
             show(len(latents))
-    about = f"{len(far):,} rows, {len(value) / max(1, (~far).sum()):.1f} of {len(counts):,} latents on in each"
-    about += f", {far.sum():,} rows too far out to count" * bool(far.any())
-    about += f"; shown are each level's most frequent, {len(shown):,}" * (len(shown) < len(counts))
-    data = json.dumps({"title": title, "about": about, "levels": sae.prefixes, "latents": latents, **more}, allow_nan=False)
+    about = (f"{len(far):,} rows, {far.sum():,} of them too far out to count; {F:,} latents, of which "
+             f"{len(value) / max(1, (~far).sum()):.1f} are on in a row and {len(shown):,} are shown")
+    data = json.dumps({"about": about, "ends": ends, "latents": latents, **more}, allow_nan=False)
     data = json.loads(data, parse_float=lambda x: float(f"{float(x):.4g}"))
-    data = json.dumps(data, separators=(",", ":")).replace("<", r"\u003c")
+    data = json.dumps(data, separators=(",", ":")).replace("<", r"\u003c")  # foreign text must not end it
     msae.write(file, PAGE.replace("DATA", data, 1).encode())
 
 
@@ -788,11 +790,11 @@ def toy_page(file, sae, tree):
     """The latents' tree on fresh toy rows, beside the features' tree."""
     features = tree.sample_features(20_000, torch.Generator().manual_seed(0))
     cosine, latent = (torch.nn.functional.normalize(tree.directions, dim=1) @ sae.W_dec.data.T).max(dim=1)
-    truth = [{"number": i, "name": f"feature {i}", "parent": parent, "latent": int(latent[i]), "cosine": float(cosine[i])}
-             for i, parent in enumerate(tree.parent_of)]
-    write_page(file, sae, msae.sparse_codes(sae, features @ tree.directions), np.arange(20_000), len(sae.b_enc),
-               lambda row, acts: {"text": f"features {', '.join(map(str, features[row].nonzero().flatten().tolist()))}"},
-               "The toy", truth=truth)
+    truth = [{"number": i, "name": f"feature {i}", "parent": parent, "latent": int(latent[i]),
+              "cosine": float(cosine[i])} for i, parent in enumerate(tree.parent_of)]
+    texts = [f"features {', '.join(map(str, row.nonzero()[:, 0].tolist()))}" for row in features]
+    write_page(file, sae, msae.sparse_codes(sae, features @ tree.directions), range(len(texts)),
+               lambda row, acts: {"text": texts[row]}, len(sae.b_enc), title="The toy", truth=truth)
 
 
 def newest_checkpoint():
