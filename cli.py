@@ -554,7 +554,7 @@ i, small { color: color-mix(in srgb, CanvasText 65%, Canvas); font-variant-numer
 body { height: 100vh; display: grid; grid: 1fr / minmax(20em, 28em) 1fr; font: 15px/1.5 system-ui }
 nav { display: flex; flex-direction: column; border-right: 1px solid silver; min-height: 0 }
 header { display: flex; flex-wrap: wrap; gap: .5em; padding: .8em } select { flex: 1; width: 0 }
-.all { flex: 1 0 100% } #tree, main { overflow: auto } main { padding: .8em 1.6em }
+header > :not(select) { flex: 1 0 100% } #tree, main { overflow: auto } main { padding: .8em 1.6em }
 summary { display: flex } .leaf { padding-left: 1.3em } [open] > summary::before { rotate: 90deg }
 summary::before { content: "▸"; flex: 0 0 1.3em; text-align: center }
 .level > summary { position: sticky; top: 0; z-index: 1 } .line b { min-width: 2.4em }
@@ -569,8 +569,8 @@ u, span { unicode-bidi: isolate } .rows span { white-space: pre-wrap; overflow-w
 svg { width: 100%; height: 5em; fill: orange; border-bottom: 1px solid }
 @media (max-width: 900px) { body, .two { display: block } #tree { max-height: 42vh } main { padding: .8em } }
 @media print { nav { display: none } body { display: block; color-scheme: light; print-color-adjust: exact } }
-</style></head><body><nav><header><a class="all" href="#"><b></b></a>
-<input class="all" type="search" id="find" placeholder="Number or token" aria-label="Number or token">
+</style></head><body><nav><header><a href="#"><b></b></a>
+<input type="search" id="find" placeholder="Number or token" aria-label="Number or token">
 <select id="level" aria-label="Level"><option>All levels</option></select>
 <select id="sort" aria-label="Order"><option>by firing share</option><option>by children</option>
 <option>by number</option></select><small></small></header><div id="tree"></div></nav><main></main>
@@ -604,7 +604,7 @@ function words(c, before = 10, after = 5) {
 }
 function line(n, note) {
   const l = at.get(n), name = data.truth?.find(feature => feature.latent === n)?.name;
-  const text = name ? [name] : l ? words(l.largest[0], 2, 3) : ["not on this page"];
+  const text = name ? [name] : l ? words(l.shown, 2, 3) : ["not on this page"];
   return link(n, {className: "line"}, make("b", {}, n), make("span", {}, ...text), make("i", {}, note));
 }
 function nest(own, nested) {
@@ -618,6 +618,7 @@ function drawTree() {
   const key = keys[$("#sort").selectedIndex], only = $("#level").selectedIndex - 1;
   const wanted = $("#find").value.trim().toLowerCase(), all = !wanted && only < 0;
   const has = c => (c.shades ? token(c.from + c.at).toLowerCase() : "").includes(wanted);
+  for (const l of latents) l.shown = wanted && l.largest.find(has) || l.largest[0];
   latents.sort((a, b) => key(b) - key(a) || b.share - a.share);
   below = group();
   const found = all ? below.get("none") : latents.filter(l => (only < 0 || level(l) === only)
@@ -731,11 +732,11 @@ def read_vocab(path):
         if isinstance(found, dict) and isinstance(found.get("model"), dict):
             found, added = found["model"]["vocab"], found.get("added_tokens") or []
         tokens = [token if isinstance(token, str) else token[0] for token in found]
+        if any("Ġ" in token for token in tokens):
+            tokens = [bytes(map(BYTE_OF.get, token)).decode(errors="replace") if {*token} <= BYTE_OF.keys()
+                      else token for token in tokens]
         texts = dict(zip(found.values() if isinstance(found, dict) else range(len(found)), tokens))
         texts |= {each["id"]: each["content"] for each in added}
-        if any("Ġ" in text for text in texts.values()):
-            texts = {id: bytes(map(BYTE_OF.get, text)).decode(errors="replace") if {*text} <= BYTE_OF.keys()
-                     else text for id, text in texts.items()}
         return {id: visible(text) for id, text in texts.items()}
 
 
@@ -761,10 +762,10 @@ def token_contexts(ids, texts, numbers):
 
 
 def write_page(file, sae, codes, numbers, context, most, **more):
-    """Write the page of about ``most`` latents, and of rows with these ``numbers`` and their ``codes``."""
+    """Write the page of ``most`` latents at most, and of rows with these ``numbers`` and their ``codes``."""
     starts, latent, value, far = codes
     F, ends, counts = len(sae.b_enc), list(sae.prefixes), np.bincount(latent, minlength=len(sae.b_enc))
-    shown = [level[np.argsort(-counts[level], kind="stable")[: -(-most * len(level) // F)]]
+    shown = [level[np.argsort(-counts[level], kind="stable")[: max(1, most * len(level) // F)]]
              for level in np.split(np.arange(F), ends[:-1])]  # the same share of each level
     shown, acts, latents = np.sort(np.concatenate(shown)), np.zeros(len(far)), []
     context = context or (lambda row, acts: {"others": latent[starts[row] + np.argsort(

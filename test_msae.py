@@ -1,6 +1,7 @@
 """Claims about msae, each against a naive oracle or a literal number. Needs no GPU and no network."""
 
 import base64
+import html.parser
 import http.server
 import importlib.util
 import itertools
@@ -117,10 +118,12 @@ def stopping_at(n, step=msae.Trainer.step):
 
 TRAIN = "train --acts acts.npy --latents 32 --k 4 --batch-size 64 --steps 80".split()
 RESUME, ENDLESS = [*TRAIN, "--out", "run", "--resume"], [*TRAIN, "--steps", "1000000", "--out", "new"]
+LOOK = "look run --acts acts.npy --out page.html --vocab vocab.json".split()
 HARVEST = "harvest --model tiny.pt --layer 2 --tokens ids.jsonl --out rows.npy".split()
 EVAL = "eval run --acts acts.npy".split()
 TOY = "toy --config toy.json --out toys".split()
 BENCH = "bench --latents 8 --d-model 8 --batch-size 8 --k 2 --steps 1".split()
+VOCABULARY = ["the", " Cat", "</script><script>alert(1)</script>", "\n", "<img src=x onerror=alert(2)>", "\u202e"]
 ABOUT = {"model_name": "tiny", "hook_name": "torso.1.input", "dataset": "ada/rows", "base_model": "ada/tiny"}
 
 
@@ -135,6 +138,8 @@ def good(tmp_path_factory):
         np.save("acts.npy", rows(3000).astype(np.float16))
         np.save("labels.npy", np.arange(3000) % 3 * 10)
         np.save("ids.npy", ids.astype(np.uint16))
+        np.save("acts.ids.npy", np.stack([np.arange(3000) // 30, np.arange(3000) % 7], axis=1))
+        msae.write("vocab.json", VOCABULARY)
         msae.write("ids.jsonl", b"".join(b'{"tok_ids": %a}\r\n' % row for row in ids.tolist()))
         torch.save({key: value.bfloat16() for key, value in tiny(10_000).state_dict().items()}, "tiny.pt")
         msae.write("acts.npy.json", {**ABOUT, "docs": 7})
@@ -784,7 +789,7 @@ def test_true_dictionary_is_clean_and_absorption_is_seen():
     assert [pair["rate"] for pair in msae.toy_figures(sae, tree, seed=0)["absorption"]] == [1, 0]
 
 
-def test_matryoshka_recovers_every_toy_feature_and_vanilla_absorbs():
+def test_matryoshka_recovers_every_toy_feature_and_their_tree_and_vanilla_absorbs(tmp_path):
     tree, configs = cli.toy_setup(toy_settings(steps=1500, k_anneal_steps=750), seed=0)
     saes = [msae.train(tree.sample(300_000, seed=0), cfg) for cfg in configs.values()]
     ours, vanilla = (msae.toy_figures(sae, tree, seed=1) for sae in saes)
@@ -800,6 +805,11 @@ def test_matryoshka_recovers_every_toy_feature_and_vanilla_absorbs():
     assert ours_silent < 0.01 and vanilla_silent > 0.1 and ours["prefixes"][-1]["splitting"] == 1
     assert ours["erasure"][0]["own"] > 0.49 and vanilla["erasure"][0]["own"] < 0.4
     assert ours["erasure"][0]["others"] < 0.05 > vanilla["erasure"][0]["others"]
+    cli.toy_page(tmp_path / "look.html", saes[0], tree)
+    data = page_data(tmp_path / "look.html")
+    feature = {each["latent"]: each["number"] for each in data["truth"]}
+    found = {feature[l["latent"]]: l["parent"] and feature[l["parent"][0]] for l in data["latents"]}
+    assert found == dict(enumerate(tree.parent_of)) == {each["number"]: each["parent"] for each in data["truth"]}
 
 
 def test_logistic_regression_is_at_the_minimum_of_its_formula():
@@ -938,7 +948,12 @@ def test_harvest_writes_the_rows_of_the_stream_and_no_wasted_layer(tmp_path, mon
     np.testing.assert_allclose(np.load(tmp_path / "a"), expected, rtol=1e-5, atol=1e-6)
     assert msae.harvest(*source, tmp_path / "b", "input", drop=(1, 2), max_rows=123) == 123
     half = np.load(tmp_path / "b")
-    assert half.dtype == np.float16 and half.shape == (123, 32) and len(list(tmp_path.iterdir())) == 2
+    assert half.dtype == np.float16 and half.shape == (123, 32) and len(list(tmp_path.iterdir())) == 4
+    place = ((ids != 1) & (ids != 2)).nonzero()  # text and position of each row
+    texts = torch.stack([place[:, 0], ids[place[:, 0], place[:, 1]]], dim=1)
+    for name, m in (("a", n), ("b", 123)):
+        found = np.load(tmp_path / f"{name}.ids.npy")
+        assert found.dtype == np.int32 and np.array_equal(found, texts[:m])
     np.testing.assert_allclose(half, expected[:123], rtol=1e-3, atol=1e-3)
 
 
@@ -1008,6 +1023,7 @@ def test_toy_command_writes_figures_and_picture(here):
     report = json.loads(Path("toys/toy.json").read_text())["seeds"]
     assert [each["seed"] for each in report] == [3, 4] and report[0]["matryoshka"]["features"] == 20
     assert Path("toys/toy.svg").read_text().count("<rect") == 3 * 400 + 1
+    assert len(page_data("toys/look.html")["truth"]) == 20
 
 
 def test_options_override_the_config_and_a_new_run_takes_a_new_folder(here):
@@ -1057,6 +1073,9 @@ BAD_COMMANDS = {  # beside the good options; and what the message must name
     "harvest --layer 4": "4 must be at most 3", "harvest --max-rows 0": "--max-rows",
     "harvest --out run/eval.json": "eval.json", "eval --labels ids.npy": "(300, 20)",
     "eval --labels acts.npy": "float16", "eval --tokens ids.jsonl --model tiny.pt --layer 2": "torso.1.input",
+    "look --acts tiny.pt": "tiny.pt", "look --ids ids.npy": "(3000, 2)", "look --ids acts.npy": "float16",
+    "look --vocab list.json": "list.json", "look --vocab canary.pt": "canary.pt", "look --out ids.npy": "--out",
+    "look --acts wide.npy": "of width 16, wide.npy has 4", "look --ids no.npy": "no.npy",
     "toy --config list.json": "list.json", f"toy --seed {10**30}": "--seed", "bench --k 9": "got 9",
 }
 
@@ -1065,6 +1084,7 @@ BAD_COMMANDS = {  # beside the good options; and what the message must name
 def test_a_bad_command_gets_one_line_and_leaves_no_trace(here, monkeypatch, command):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", no_hub)
     np.save("2.npy", np.full((3000, 2), 2))
+    np.save("wide.npy", rows(3000, 4))
     torch.save(Canary(), "canary.pt")
     msae.write("list.json", [1])
     msae.write("new.json", {"learning_rate": 1})
@@ -1072,7 +1092,7 @@ def test_a_bad_command_gets_one_line_and_leaves_no_trace(here, monkeypatch, comm
     shutil.copytree("run", "rubbish")
     msae.write(f"rubbish/{msae.STATE}", b"?")
     before, (name, *words) = files(), command.split()
-    good = {"train": TRAIN, "harvest": HARVEST, "eval": EVAL, "toy": TOY, "bench": BENCH}[name]
+    good = {"train": TRAIN, "harvest": HARVEST, "eval": EVAL, "toy": TOY, "bench": BENCH, "look": LOOK}[name]
     assert BAD_COMMANDS[command] in refused(*good, *words) and files() == before
 
 
@@ -1112,9 +1132,210 @@ def test_the_labels_of_some_of_many_rows_stay_beside_them(here, names):
 
 
 def test_every_help_shows_an_example_and_bench_the_step_beside_the_product():
-    for command in ("toy", "train", "harvest", "eval", "push", "bench"):
+    for command in ("toy", "train", "harvest", "eval", "look", "push", "bench"):
         assert f"python cli.py {command}" in run(command, "--help") and command in run("--help")
     assert re.search("(?s)encoder product alone.* x the product.*MiB", run(*BENCH))
+
+
+# --------------------------------------------------------------------------------------------------- look
+
+
+class Page(html.parser.HTMLParser):
+    """Checks that every element is closed in order, and keeps the text of each script."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.scripts = [], []
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag, attributes):
+        self.open += [tag] * (tag not in ("meta", "input"))
+        self.scripts += [""] * (tag == "script")
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open[-1:] == ["script"]:
+            self.scripts[-1] += data
+
+
+def page_data(path):
+    data, script = Page(Path(path).read_text(encoding="utf-8")).scripts
+    assert "<" not in data and len(script.splitlines()) < 120
+    return json.loads(data)
+
+
+def naive_parent(codes, prefixes, child):
+    on, fits = codes[:, child] > 0, {}
+    for p in range(max([0, *(end for end in prefixes if end <= child)])):
+        a, b = codes[on, p], codes[on, child]
+        if a.any():
+            fits[p] = (a @ b) / np.sqrt((a @ a) * (b @ b)) * min(1, codes[:, child].max() / codes[:, p].max())
+    best = max(fits, key=fits.get, default=None)
+    return (best, fits[best]) if fits and fits[best] >= 0.6 else None
+
+
+def test_the_figures_of_latents_and_their_tree_equal_a_naive_loop():
+    g = np.random.default_rng(0)
+    codes = g.random((600, 12)) * (g.random((600, 12)) < 0.2)
+    codes[:, 11] = 0  # never on
+    for parent, child, size in ((1, 5, 1.0), (5, 9, 0.9), (0, 6, 0.3)):  # the last one too small for a child
+        codes[:, child] = np.where(g.random(600) < 0.4, size * codes[:, parent], 0)
+    codes[70] = 1e4  # too far out
+    sae = msae.MatryoshkaSAE(12, 12, (3, 8, 12))
+    for parameter in (sae.W_enc, sae.W_dec):
+        parameter.data = torch.eye(12) if parameter is sae.W_enc else torch.randn(12, 12)
+    with pytest.warns(UserWarning, match="left out"):
+        starts, latent, value, far = msae.sparse_codes(sae, msae.Rows(codes).within(10))
+    assert np.flatnonzero(far).tolist() == [70]
+    codes[70] = 0
+    codes = codes.astype(np.float32).astype(float)
+    dense = np.zeros_like(codes)
+    dense[np.repeat(np.arange(600), np.diff(starts)), latent] = value
+    assert np.array_equal(dense, codes)
+    cosine = torch.nn.functional.cosine_similarity(sae.W_dec[:, None], sae.W_dec, dim=2) - 9 * torch.eye(12)
+    parents = {}
+    for figures, at, acts in msae.latent_figures(sae, starts, latent, value, [0, *range(3, 12)]):
+        i, a = figures["latent"], codes[:, figures["latent"]]
+        assert np.array_equal(at, np.flatnonzero(a)) and np.array_equal(acts, a[a > 0])
+        assert figures["share"] == (a > 0).mean() and figures["max"] == a.max()
+        assert figures["mean"] == pytest.approx(a[a > 0].mean() if i < 11 else 0)
+        assert figures["largest"] == sorted(at, key=lambda row: -a[row])[:10]
+        assert sum(figures["histogram"]) == len(at) and set(figures["random"]) <= set(at)
+        assert len(set(figures["random"])) == min(5, len(at))
+        order = cosine[i].argsort(descending=True)[:5].tolist()
+        assert [n for n, _ in figures["nearest"]] == order
+        assert [c for _, c in figures["nearest"]] == pytest.approx(cosine[i, order].tolist(), abs=1e-6)
+        parents[i], expected = figures["parent"], naive_parent(codes, sae.prefixes, i)
+        assert (parents[i] is None) == (expected is None)
+        assert expected is None or parents[i] == pytest.approx(expected)
+    assert [parents[i] and parents[i][0] for i in (0, 5, 6, 9, 11)] == [None, 1, None, 5, None]
+
+
+def test_the_page_shows_tokens_in_their_text_as_text(here):
+    run("look", "run", "--vocab", "vocab.json")  # the rows of training, the ids beside them
+    data, ids = page_data("run/look.html"), np.load("acts.ids.npy")
+    tokens = ["the", " Cat", VOCABULARY[2], "⏎", VOCABULARY[4], "\\u202e", "6"]  # the last by its number
+    assert data["vocab"] == tokens and data["tokens"] == ids[:, 1].tolist()
+    codes = msae.MatryoshkaSAE.load("run").encode(torch.from_numpy(np.load("acts.npy")).float()).detach()
+    assert [l["latent"] for l in data["latents"]] == list(range(32))
+    for l in data["latents"]:
+        assert l["share"] == pytest.approx(float((codes[:, l["latent"]] > 0).float().mean()), rel=1e-3)
+        for context in l["largest"] + l["random"]:
+            row = context["row"]
+            first, end = max(row - row % 30, row - 10), min(row - row % 30 + 30, row + 6)  # texts of 30 rows
+            shares = codes[first:end, l["latent"]] / codes[:, l["latent"]].max()
+            assert (context["from"], context["at"]) == (first, row - first)
+            assert [int(c, 36) for c in context["shades"]] == pytest.approx((35 * shares).tolist(), abs=0.51)
+            assert context["act"] == pytest.approx(float(codes[row, l["latent"]]), rel=1e-3)
+    shutil.copytree("run", "runs/mine")
+    Path("acts.ids.npy").unlink()
+    run("look", "--acts", "acts.npy", "--rows", 500, "--latents", 9)  # the newest checkpoint, without tokens
+    data = page_data("runs/mine/look.html")
+    assert len(data["latents"]) == 9 and data["about"].startswith("470 rows") and "tokens" not in data
+    row = data["latents"][0]["largest"][0]
+    largest = codes[row["row"]].topk(9)
+    assert row["others"] == largest.indices[largest.values > 0].tolist() and data["ends"] == [2, 4, 8, 16, 32]
+
+
+@pytest.fixture
+def browser(tmp_path):
+    """A function that has headless Chromium carry out a command of its DevTools protocol, over two pipes."""
+    (commands, to), (back, replies) = os.pipe(), os.pipe()
+    switches = f"--headless --no-sandbox --disable-gpu --remote-debugging-pipe --user-data-dir={tmp_path}/home"
+    words = ["bash", "-c", f'exec "$@" 3<&{commands} 4>&{replies}', "-", CHROMIUM, *switches.split()]
+    process = subprocess.Popen(words, pass_fds=(commands, replies), stderr=subprocess.DEVNULL)
+    os.close(replies)
+    stream, number, session = os.fdopen(back, "rb"), itertools.count(), {}
+
+    def call(method, **params):
+        message = {"id": next(number), "method": method, "params": params, **session}
+        os.write(to, json.dumps(message).encode() + b"\0")
+        while (found := json.loads(b"".join(iter(lambda: stream.read(1), b"\0")))).get("id") != message["id"]:
+            call.events.append(found["method"])
+        return found["result"]
+
+    call.events = []
+    target = call("Target.createTarget", url="about:blank")["targetId"]
+    session["sessionId"] = call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+    yield call
+    process.kill()
+    process.wait()
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="needs Chromium")
+def test_in_a_browser_links_lead_on_tokens_are_found_and_foreign_text_does_nothing(here, browser):
+    def js(script):
+        found = browser("Runtime.evaluate", expression=script, awaitPromise=True)
+        assert "exceptionDetails" not in found, found
+        return found["result"].get("value")
+
+    def click(where):  # a link; then the title that appears
+        return js(f"new Promise(done => {{ addEventListener('hashchange', () => done({TITLE}), {{once: true}}); "
+                  f"document.querySelector('{where}').click(); }})")
+
+    TITLE = "document.querySelector('h2').textContent"
+    tree, sae = msae.FeatureTree(toy_settings()["tree"]), msae.MatryoshkaSAE(20, 20, (3, 20))
+    order = sorted(range(20), key=lambda feature: feature not in (0, 4, 8))  # the parents first
+    sae.W_dec.data, sae.W_enc.data = tree.directions[order], tree.directions[order].T.contiguous()
+    sae.save("tree")
+    np.save("tree.npy", tree.sample(2000, 0))
+    np.save("tree.ids.npy", np.stack([np.arange(2000) // 50, np.arange(2000) % 7], axis=1))
+    run("look", "tree", "--acts", "tree.npy", "--vocab", "vocab.json")
+    for domain in ("Runtime", "Log", "Page"):
+        browser(f"{domain}.enable")
+    browser("Page.navigate", url=Path("tree/look.html").resolve().as_uri() + "#latent-17")
+    for _ in range(200):
+        if js("document.readyState") == "complete" and js(TITLE.replace("').", "')?.")):
+            break
+    assert js(TITLE) == "Latent 17"  # of the link
+    number = int(click("#tree .level details a").split()[1])
+    beside = ".two > div:last-child .line"  # first the parent, where there is one, then the children
+    assert number < 3 <= int(click(beside).split()[1]) and click(beside) == f"Latent {number}"
+    found = js("const box = document.querySelector('#find'); box.value = 'CAT'; "
+               "box.dispatchEvent(new Event('input', {bubbles: true})); [...document.querySelectorAll('#tree .line')].map(a => a.textContent).join('|')")
+    assert found and all(" Cat" in line for line in found.split("|"))
+    assert js("document.querySelectorAll('img, script').length") == 2
+    assert not {"Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded",
+                "Page.javascriptDialogOpening"} & {*browser.events}
+
+
+@pytest.mark.parametrize("content, texts", [
+    (["a", "Ġb"], {0: "a", 1: " b"}), ({"▁x": 5, "": 7}, {5: " x", 7: "∅"}), ([["▁u", -1.5]], {0: " u"}),
+    ({"model": {"vocab": {"ĠÃ©": 1, "Ċ": 0}}, "added_tokens": [{"id": 2, "content": "<|é|>"}]},
+     {1: " é", 0: "⏎", 2: "<|é|>"})])
+def test_vocabularies_of_every_kind_say_what_their_tokens_mean(tmp_path, content, texts):
+    msae.write(tmp_path / "vocab.json", content)
+    assert cli.read_vocab(tmp_path / "vocab.json") == texts
+
+
+def test_ids_of_every_shape_and_of_a_folder_say_document_and_token(tmp_path):
+    np.save(tmp_path / "ids.npy", np.arange(12).reshape(3, 4))
+    assert cli.token_ids(tmp_path / "ids.npy", "", 12)[5].tolist() == [1, 5]
+    np.save(tmp_path / "ids.npy", np.arange(12))
+    assert cli.token_ids(tmp_path / "ids.npy", "", 12)[5].tolist() == [0, 5]
+    for name in "ab":
+        np.save(tmp_path / f"{name}.npy", rows(6))
+        np.save(tmp_path / f"{name}.ids.npy", np.full((6, 2), ord(name)))
+    (tmp_path / "ids.npy").unlink()
+    assert len(msae.Rows(tmp_path)) == 12 and cli.token_ids(None, tmp_path, 12)[:, 1].tolist() == [97] * 6 + [98] * 6
+
+
+def test_a_family_of_vanilla_saes_is_trained_at_the_size_and_l0_of_each_prefix(here):
+    output = run(*TRAIN, "--family", "--out", "new")
+    inside = json.loads(Path("new/eval.json").read_text())["prefixes"]
+    for level in inside:
+        sae = msae.MatryoshkaSAE.load(Path("new", f"alone-{level['latents']}"))
+        found = json.loads(Path("new", f"alone-{level['latents']}", "eval.json").read_text())
+        assert sae.prefixes == (level["latents"],) and sae.metadata["training"]["k"] == pytest.approx(level["l0"], abs=1e-3)
+        numbers = [each[key] for key in ("fvu", "l0", "max_cosine") for each in (level, found)]
+        shown = "{:,} +{:.4f} +{:.4f} +{:.2f} +{:.2f} +{:.3f} +{:.3f}".format(level["latents"], *numbers)
+        assert re.search(shown, output)
 
 
 # ----------------------------------------------------------------------------------- the Hub and neighbours
@@ -1203,8 +1424,10 @@ def test_push_without_arguments_load_and_the_snippets_of_the_card(hub):
     assert run("push") == f"{hub}/ada/mine\n"
     pushed = Hub.repos["ada/mine"]
     assert set(pushed) == PUSHED and pushed["config.json"] == pushed["cfg.json"]
-    assert all(pushed[name] == Path("run", name).read_bytes() for name in PUSHED & {*os.listdir("run")})
+    as_they_are = PUSHED & {*os.listdir("run")} - {"cfg.json"}
+    assert all(pushed[name] == Path("run", name).read_bytes() for name in as_they_are)
     ours, local = msae.MatryoshkaSAE.load("ada/mine"), msae.MatryoshkaSAE.load("run")
+    assert local.metadata.pop("acts").endswith("acts.npy")  # a path of this machine is not for others
     assert same(ours, local) and ours.prefixes == local.prefixes and ours.metadata == local.metadata
     card, found = pushed["README.md"].decode(), json.loads(pushed["eval.json"])
     figures = "{fvu:.4f} {l0:.2f} {dead:.2%} {max_cosine:.3f} 3,000".format(**found).split()
@@ -1449,13 +1672,13 @@ ATTACKS = {  # the command that reads a damaged file; none: its options are bad
     f"run/{msae.METRICS}": RESUME, "toy.json": TOY, "ids.jsonl": HARVEST, "tiny.pt": HARVEST,
     "train.json": "train --acts acts.npy --config train.json --out new".split(),
     "ids.npy": [*HARVEST, "--tokens", "ids.npy"], "labels.npy": [*EVAL, "--labels", "labels.npy"],
-    "run/eval.json": PUSH, "": None,
+    "run/eval.json": PUSH, "vocab.json": LOOK, "acts.ids.npy": LOOK, "": None,
 }
 
 
 def attack(name, number):
     g = random.Random(f"{name} {number}")
-    words = list(ATTACKS[name] or g.choice((NEW, EVAL, HARVEST, TOY, PUSH, BENCH)))
+    words = list(ATTACKS[name] or g.choice((NEW, EVAL, HARVEST, TOY, PUSH, BENCH, LOOK)))
     if name:
         Path(name).write_bytes(damaged(g, Path(name).read_bytes()))
     else:
