@@ -675,7 +675,8 @@ addEventListener("keydown", event => {
   location.replace(links[links.indexOf($(".now")) + step]?.hash ?? location.hash);
   event.preventDefault();
 });
-drawTree(drawMain());
+drawTree();
+drawMain();
 </script></body></html>
 """
 SHAPED = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that such tokens show as they are

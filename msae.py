@@ -1123,11 +1123,9 @@ def sparse_codes(sae, rows, on_rows=lambda done: None):
     ``starts[i]`` to ``starts[i + 1]``; and, without codes, which rows are too far out (n,)."""
     parts, done = [], 0
     for x, far in Rows(rows).chunks(read=Rows.read_all):
-        acts = sae.encode(x.to(sae.b_dec.device)).cpu().masked_fill(far[:, None], 0).to_sparse()
-        (row, latent), value = acts.indices(), acts.values()
-        parts.append((row.bincount(minlength=len(x)), latent.int(), value.double(), far))
-        done += len(x)
-        on_rows(done)
+        acts = sae.encode(x.to(sae.b_dec.device)).cpu().masked_fill(far[:, None], 0)
+        parts.append(((acts > 0).sum(dim=1), acts.nonzero()[:, 1].int(), acts[acts > 0].double(), far))
+        on_rows(done := done + len(x))
     counts, latent, value, far = (torch.cat(part).numpy() for part in zip(*parts))
     return np.append(0, counts.cumsum()), latent, value, far
 
@@ -1148,15 +1146,14 @@ def latent_figures(sae, starts, latent, value, latents, seed=0):
         for number, *nearest in zip(part.tolist(), near.indices.tolist(), near.values.tolist()):
             own = by_latent[bounds[number]:bounds[number + 1]]
             at, acts, random = row[own], value[own], np.random.default_rng([seed, number])
-            fits = directed_cosines(starts, latent, value, peaks, at, acts)[:ends[ends <= number][-1]]
-            best = int(fits.argmax()) if fits.max(initial=0) >= 0.6 else None
-            yield {"latent": number, "share": len(at) / n, "max": peaks[number],
-                   "mean": acts.sum() / max(1, len(at)),
+            earlier = ends[ends <= number][-1]
+            fits = directed_cosines(starts, latent, value, peaks, at, acts)[:earlier] if earlier else at[:0]
+            best = (int(fits.argmax()), fits.max()) if fits.max(initial=0) >= 0.6 else None
+            yield {"latent": number, "share": len(at) / n, "max": peaks[number], "parent": best,
                    "histogram": np.histogram(acts, 16, (0, peaks[number] or 1))[0].tolist(),
                    "largest": at[np.argsort(-acts, kind="stable")[:10]].tolist(),
                    "random": random.choice(at, min(5, len(at)), replace=False).tolist(),
-                   "nearest": [*zip(*nearest)],
-                   "parent": None if best is None else (best, fits[best])}, at, acts
+                   "mean": acts.sum() / max(1, len(at)), "nearest": [*zip(*nearest)]}, at, acts
 
 
 def directed_cosines(starts, latent, value, peaks, at, acts):
@@ -1347,10 +1344,10 @@ def activation_hook(module, at="output", replace=None, stop=False):
 @torch.no_grad()
 def harvest(model, module, batches, out, at="output", drop=(), dtype="float16", max_rows=None,
             on_rows=lambda done: None):
-    """Write the activations of ``module`` in ``model`` to ``out``, a ``.npy`` (rows, D); return their number.
+    """Write the activations of ``module`` in ``model`` to ``out``, X.npy (rows, D), and number of the text and
+    token id of each to X.ids.npy, int32 (rows, 2), when they are whole; return the number of rows.
     ``batches``: token ids (B, T), or dicts of what ``model`` takes by name, with "input_ids". Ids in
-    ``drop``, and what an "attention_mask" leaves out, give no row. Beside X.npy comes X.ids.npy, int32
-    (rows, 2): number of the text, token id. Both appear when they are whole."""
+    ``drop``, and what an "attention_mask" leaves out, give no row."""
     _require(not model.training, "model must be in evaluation mode, model.eval(): training", model.training)
     _require(dtype in ("float16", "float32"), "dtype must be float16 or float32", dtype)
     n, n_texts, device = 0, 0, next(model.parameters()).device

@@ -1142,76 +1142,65 @@ def test_every_help_shows_an_example_and_bench_the_step_beside_the_product():
 
 class Page(html.parser.HTMLParser):
     """Checks that every element is closed in order, and keeps the text of each script."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.open, self.scripts = [], []
-        self.feed(text)
-        assert not self.open
+    stack, scripts = [], []
 
     def handle_starttag(self, tag, attributes):
-        self.open += [tag] * (tag not in ("meta", "input"))
-        self.scripts += [""] * (tag == "script")
+        self.stack = self.stack + [tag] * (tag not in ("meta", "input"))
 
     def handle_endtag(self, tag):
-        assert self.open.pop() == tag
+        assert self.stack[-1] == tag
+        self.stack = self.stack[:-1]
 
     def handle_data(self, data):
-        if self.open[-1:] == ["script"]:
-            self.scripts[-1] += data
+        self.scripts = self.scripts + [data] * (self.stack[-1:] == ["script"])
 
 
 def page_data(path):
-    data, script = Page(Path(path).read_text(encoding="utf-8")).scripts
-    assert "<" not in data and len(script.splitlines()) < 120
+    page = Page()
+    page.feed(Path(path).read_text(encoding="utf-8"))
+    data, script = page.scripts
+    assert not page.stack and "<" not in data and len(script.splitlines()) < 120
     return json.loads(data)
 
 
-def naive_parent(codes, prefixes, child):
-    on, fits = codes[:, child] > 0, {}
-    for p in range(max([0, *(end for end in prefixes if end <= child)])):
-        a, b = codes[on, p], codes[on, child]
-        if a.any():
-            fits[p] = (a @ b) / np.sqrt((a @ a) * (b @ b)) * min(1, codes[:, child].max() / codes[:, p].max())
-    best = max(fits, key=fits.get, default=None)
-    return (best, fits[best]) if fits and fits[best] >= 0.6 else None
+def naive_figures(codes, ends, cosine, i):
+    a, fits = codes[:, i], {None: 0.6}
+    for p in range(max([0, *(end for end in ends if end <= i)])):
+        if codes[a > 0, p].any():
+            cos = codes[:, p] @ a / np.linalg.norm(codes[a > 0, p]) / np.linalg.norm(a)
+            fits[p] = cos * min(1, a.max() / codes[:, p].max())
+    best = max(fits, key=fits.get)
+    nearest = sorted(set(range(len(cosine))) - {i}, key=lambda j: -cosine[i, j])[:5]
+    return {"latent": i, "share": np.mean(a > 0), "max": a.max(), "mean": a.sum() / max(1, np.sum(a > 0)),
+            "histogram": [int(np.sum((a > 0) & (np.minimum(15, a * 16 // (a.max() or 1)) == b))) for b in range(16)],
+            "largest": sorted(np.flatnonzero(a), key=lambda row: -a[row])[:10],
+            "nearest": pytest.approx(np.array([(j, cosine[i, j]) for j in nearest]), abs=1e-6),
+            "parent": None if best is None else pytest.approx((best, fits[best]))}
 
 
 def test_the_figures_of_latents_and_their_tree_equal_a_naive_loop():
-    g = np.random.default_rng(0)
+    g, sae = np.random.default_rng(0), msae.MatryoshkaSAE(12, 12, (3, 8, 12))
     codes = g.random((600, 12)) * (g.random((600, 12)) < 0.2)
     codes[:, 11] = 0  # never on
     for parent, child, size in ((1, 5, 1.0), (5, 9, 0.9), (0, 6, 0.3)):  # the last one too small for a child
         codes[:, child] = np.where(g.random(600) < 0.4, size * codes[:, parent], 0)
-    codes[70] = 1e4  # too far out
-    sae = msae.MatryoshkaSAE(12, 12, (3, 8, 12))
-    for parameter in (sae.W_enc, sae.W_dec):
-        parameter.data = torch.eye(12) if parameter is sae.W_enc else torch.randn(12, 12)
+    codes[70] = 1e4
+    sae.W_enc.data, codes = torch.eye(12), codes.astype(np.float32).astype(float)
     with pytest.warns(UserWarning, match="left out"):
         starts, latent, value, far = msae.sparse_codes(sae, msae.Rows(codes).within(10))
     assert np.flatnonzero(far).tolist() == [70]
     codes[70] = 0
-    codes = codes.astype(np.float32).astype(float)
-    dense = np.zeros_like(codes)
-    dense[np.repeat(np.arange(600), np.diff(starts)), latent] = value
-    assert np.array_equal(dense, codes)
-    cosine = torch.nn.functional.cosine_similarity(sae.W_dec[:, None], sae.W_dec, dim=2) - 9 * torch.eye(12)
+    sparse = [(row, n, codes[row, n]) for row, n in zip(*codes.nonzero())]
+    assert sparse == [*zip(np.arange(600).repeat(np.diff(starts)), latent, value)]
+    cosine = torch.nn.functional.cosine_similarity(sae.W_dec[:, None], sae.W_dec, dim=2).detach().numpy()
     parents = {}
     for figures, at, acts in msae.latent_figures(sae, starts, latent, value, [0, *range(3, 12)]):
-        i, a = figures["latent"], codes[:, figures["latent"]]
-        assert np.array_equal(at, np.flatnonzero(a)) and np.array_equal(acts, a[a > 0])
-        assert figures["share"] == (a > 0).mean() and figures["max"] == a.max()
-        assert figures["mean"] == pytest.approx(a[a > 0].mean() if i < 11 else 0)
-        assert figures["largest"] == sorted(at, key=lambda row: -a[row])[:10]
-        assert sum(figures["histogram"]) == len(at) and set(figures["random"]) <= set(at)
-        assert len(set(figures["random"])) == min(5, len(at))
-        order = cosine[i].argsort(descending=True)[:5].tolist()
-        assert [n for n, _ in figures["nearest"]] == order
-        assert [c for _, c in figures["nearest"]] == pytest.approx(cosine[i, order].tolist(), abs=1e-6)
-        parents[i], expected = figures["parent"], naive_parent(codes, sae.prefixes, i)
-        assert (parents[i] is None) == (expected is None)
-        assert expected is None or parents[i] == pytest.approx(expected)
-    assert [parents[i] and parents[i][0] for i in (0, 5, 6, 9, 11)] == [None, 1, None, 5, None]
+        a, random = codes[:, figures["latent"]], figures.pop("random")
+        assert np.array_equal(at, a.nonzero()[0]) and np.array_equal(acts, a[a > 0])
+        assert set(random) <= set(at) and len(set(random)) == len(random) == min(5, len(at))
+        assert figures == naive_figures(codes, sae.prefixes, cosine, figures["latent"])
+        parents[figures["latent"]] = figures["parent"] and figures["parent"][0]
+    assert [parents[i] for i in (0, 5, 6, 9, 11)] == [None, 1, None, 5, None]
 
 
 def test_the_page_shows_tokens_in_their_text_as_text(here):
