@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import unittest.mock
 from pathlib import Path
 
@@ -123,7 +124,7 @@ HARVEST = "harvest --model tiny.pt --layer 2 --tokens ids.jsonl --out rows.npy".
 EVAL = "eval run --acts acts.npy".split()
 TOY = "toy --config toy.json --out toys".split()
 BENCH = "bench --latents 8 --d-model 8 --batch-size 8 --k 2 --steps 1".split()
-VOCABULARY = ["the", " Cat", "</script><script>alert(1)</script>", "\n", "<img src=x onerror=alert(2)>", "\u202e"]
+VOCABULARY = ["the", " Cat", "</script><script>alert(1)</script>", "\n", "<img src=x onerror=alert(2)>", "\0"]
 ABOUT = {"model_name": "tiny", "hook_name": "torso.1.input", "dataset": "ada/rows", "base_model": "ada/tiny"}
 
 
@@ -809,7 +810,7 @@ def test_matryoshka_recovers_every_toy_feature_and_their_tree_and_vanilla_absorb
     data = page_data(tmp_path / "look.html")
     feature = {each["latent"]: each["number"] for each in data["truth"]}
     found = {feature[l["latent"]]: l["parent"] and feature[l["parent"][0]] for l in data["latents"]}
-    assert found == dict(enumerate(tree.parent_of)) == {each["number"]: each["parent"] for each in data["truth"]}
+    assert found == dict(enumerate(tree.parent_of)) == {f["number"]: f["parent"] for f in data["truth"]}
 
 
 def test_logistic_regression_is_at_the_minimum_of_its_formula():
@@ -1074,8 +1075,8 @@ BAD_COMMANDS = {  # beside the good options; and what the message must name
     "harvest --out run/eval.json": "eval.json", "eval --labels ids.npy": "(300, 20)",
     "eval --labels acts.npy": "float16", "eval --tokens ids.jsonl --model tiny.pt --layer 2": "torso.1.input",
     "look --acts tiny.pt": "tiny.pt", "look --ids ids.npy": "(3000, 2)", "look --ids acts.npy": "float16",
-    "look --vocab list.json": "list.json", "look --vocab canary.pt": "canary.pt", "look --out ids.npy": "--out",
-    "look --acts wide.npy": "of width 16, wide.npy has 4", "look --ids no.npy": "no.npy",
+    "look --vocab list.json": "list.json", "look --vocab canary.pt": "canary.pt", "look --ids no": "no",
+    "look --out ids.npy": "--out", "look --acts wide.npy": "of width 16, wide.npy has 4",
     "toy --config list.json": "list.json", f"toy --seed {10**30}": "--seed", "bench --k 9": "got 9",
 }
 
@@ -1142,17 +1143,18 @@ def test_every_help_shows_an_example_and_bench_the_step_beside_the_product():
 
 class Page(html.parser.HTMLParser):
     """Checks that every element is closed in order, and keeps the text of each script."""
-    stack, scripts = [], []
+    stack, scripts = (), ()
 
     def handle_starttag(self, tag, attributes):
-        self.stack = self.stack + [tag] * (tag not in ("meta", "input"))
+        self.stack += (tag,) * (tag not in ("meta", "input"))
 
     def handle_endtag(self, tag):
-        assert self.stack[-1] == tag
-        self.stack = self.stack[:-1]
+        *self.stack, last = self.stack
+        assert last == tag
+        self.stack = tuple(self.stack)
 
     def handle_data(self, data):
-        self.scripts = self.scripts + [data] * (self.stack[-1:] == ["script"])
+        self.scripts += (data,) * (self.stack[-1:] == ("script",))
 
 
 def page_data(path):
@@ -1169,18 +1171,18 @@ def naive_figures(codes, ends, cosine, i):
         if codes[a > 0, p].any():
             cos = codes[:, p] @ a / np.linalg.norm(codes[a > 0, p]) / np.linalg.norm(a)
             fits[p] = cos * min(1, a.max() / codes[:, p].max())
-    best = max(fits, key=fits.get)
+    best, bins = max(fits, key=fits.get), np.minimum(15, a * 16 // (a.max() or 1))
     nearest = sorted(set(range(len(cosine))) - {i}, key=lambda j: -cosine[i, j])[:5]
     return {"latent": i, "share": np.mean(a > 0), "max": a.max(), "mean": a.sum() / max(1, np.sum(a > 0)),
-            "histogram": [int(np.sum((a > 0) & (np.minimum(15, a * 16 // (a.max() or 1)) == b))) for b in range(16)],
-            "largest": sorted(np.flatnonzero(a), key=lambda row: -a[row])[:10],
+            "histogram": [np.sum((a > 0) & (bins == bin)) for bin in range(16)],
+            "largest": sorted(a.nonzero()[0], key=lambda row: -a[row])[:10],
             "nearest": pytest.approx(np.array([(j, cosine[i, j]) for j in nearest]), abs=1e-6),
-            "parent": None if best is None else pytest.approx((best, fits[best]))}
+            "parent": best and pytest.approx((best, fits[best]))}
 
 
 def test_the_figures_of_latents_and_their_tree_equal_a_naive_loop():
     g, sae = np.random.default_rng(0), msae.MatryoshkaSAE(12, 12, (3, 8, 12))
-    codes = g.random((600, 12)) * (g.random((600, 12)) < 0.2)
+    codes, parents = g.random((600, 12)) * (g.random((600, 12)) < 0.2), {}
     codes[:, 11] = 0  # never on
     for parent, child, size in ((1, 5, 1.0), (5, 9, 0.9), (0, 6, 0.3)):  # the last one too small for a child
         codes[:, child] = np.where(g.random(600) < 0.4, size * codes[:, parent], 0)
@@ -1188,12 +1190,11 @@ def test_the_figures_of_latents_and_their_tree_equal_a_naive_loop():
     sae.W_enc.data, codes = torch.eye(12), codes.astype(np.float32).astype(float)
     with pytest.warns(UserWarning, match="left out"):
         starts, latent, value, far = msae.sparse_codes(sae, msae.Rows(codes).within(10))
-    assert np.flatnonzero(far).tolist() == [70]
+    assert far.nonzero()[0].tolist() == [70]
     codes[70] = 0
     sparse = [(row, n, codes[row, n]) for row, n in zip(*codes.nonzero())]
     assert sparse == [*zip(np.arange(600).repeat(np.diff(starts)), latent, value)]
     cosine = torch.nn.functional.cosine_similarity(sae.W_dec[:, None], sae.W_dec, dim=2).detach().numpy()
-    parents = {}
     for figures, at, acts in msae.latent_figures(sae, starts, latent, value, [0, *range(3, 12)]):
         a, random = codes[:, figures["latent"]], figures.pop("random")
         assert np.array_equal(at, a.nonzero()[0]) and np.array_equal(acts, a[a > 0])
@@ -1205,35 +1206,50 @@ def test_the_figures_of_latents_and_their_tree_equal_a_naive_loop():
 
 def test_the_page_shows_tokens_in_their_text_as_text(here):
     run("look", "run", "--vocab", "vocab.json")  # the rows of training, the ids beside them
-    data, ids = page_data("run/look.html"), np.load("acts.ids.npy")
-    tokens = ["the", " Cat", VOCABULARY[2], "⏎", VOCABULARY[4], "\\u202e", "6"]  # the last by its number
-    assert data["vocab"] == tokens and data["tokens"] == ids[:, 1].tolist()
-    codes = msae.MatryoshkaSAE.load("run").encode(torch.from_numpy(np.load("acts.npy")).float()).detach()
-    assert [l["latent"] for l in data["latents"]] == list(range(32))
-    for l in data["latents"]:
-        assert l["share"] == pytest.approx(float((codes[:, l["latent"]] > 0).float().mean()), rel=1e-3)
+    data, x = page_data("run/look.html"), torch.from_numpy(np.load("acts.npy")).float()
+    tokens = ["the", " Cat", VOCABULARY[2], "⏎", VOCABULARY[4], "\\u0000", "6"]  # the last by its number
+    assert data["vocab"] == tokens and data["tokens"] == np.load("acts.ids.npy")[:, 1].tolist()
+    codes = msae.MatryoshkaSAE.load("run").encode(x).detach().numpy()
+    assert [l["latent"] for l in data["latents"]] == [*range(32)] and data["ends"] == [2, 4, 8, 16, 32]
+    for l, acts in zip(data["latents"], codes.T):
+        assert l["share"] == pytest.approx(np.mean(acts > 0), rel=1e-3)
         for context in l["largest"] + l["random"]:
-            row = context["row"]
-            first, end = max(row - row % 30, row - 10), min(row - row % 30 + 30, row + 6)  # texts of 30 rows
-            shares = codes[first:end, l["latent"]] / codes[:, l["latent"]].max()
+            row, start = context["row"], context["row"] // 30 * 30  # of a text of 30 rows
+            first, end = max(start, row - 10), min(start + 30, row + 6)
             assert (context["from"], context["at"]) == (first, row - first)
-            assert [int(c, 36) for c in context["shades"]] == pytest.approx((35 * shares).tolist(), abs=0.51)
-            assert context["act"] == pytest.approx(float(codes[row, l["latent"]]), rel=1e-3)
+            shades = [int(c, 36) for c in context["shades"]]
+            assert shades == pytest.approx(35 * acts[first:end] / acts.max(), abs=0.51)
+            assert context["act"] == pytest.approx(acts[row], rel=1e-3)
     shutil.copytree("run", "runs/mine")
     Path("acts.ids.npy").unlink()
     run("look", "--acts", "acts.npy", "--rows", 500, "--latents", 9)  # the newest checkpoint, without tokens
     data = page_data("runs/mine/look.html")
     assert len(data["latents"]) == 9 and data["about"].startswith("470 rows") and "tokens" not in data
-    row = data["latents"][0]["largest"][0]
-    largest = codes[row["row"]].topk(9)
-    assert row["others"] == largest.indices[largest.values > 0].tolist() and data["ends"] == [2, 4, 8, 16, 32]
+    first = data["latents"][0]["largest"][0]
+    assert first["others"] == np.argsort(-codes[first["row"]])[:len(first["others"])].tolist()
+
+
+@pytest.mark.parametrize("content, texts", [
+    (["a", "Ġb"], {0: "a", 1: " b"}), ({"▁x": 5, "": 7}, {5: " x", 7: "∅"}), ([["▁u", -1.5]], {0: " u"}),
+    ({"model": {"vocab": {"ĠÃ©": 1, "Ċ": 0}}, "added_tokens": [{"id": 2, "content": "<|é|>"}]},
+     {1: " é", 0: "⏎", 2: "<|é|>"})])
+def test_vocabularies_and_ids_of_every_kind(tmp_path, content, texts):
+    msae.write(tmp_path / "vocab.json", content)
+    assert cli.read_vocab(tmp_path / "vocab.json") == texts
+    for shape, fifth in (((3, 4), [1, 5]), (12, [0, 5])):
+        np.save(tmp_path / "ids.npy", np.arange(12).reshape(shape))
+        assert cli.token_ids(tmp_path / "ids.npy", "", 12)[5].tolist() == fifth
+    for name in ("ids", "two"):  # a folder of rows and what harvest writes beside them
+        np.save(tmp_path / f"{name}.npy", rows(6))
+        np.save(tmp_path / f"{name}.ids.npy", np.full((6, 2), len(name)))
+    assert len(msae.Rows(tmp_path)) == len(cli.token_ids(None, tmp_path, 12)) == 12
 
 
 @pytest.fixture
 def browser(tmp_path):
     """A function that has headless Chromium carry out a command of its DevTools protocol, over two pipes."""
     (commands, to), (back, replies) = os.pipe(), os.pipe()
-    switches = f"--headless --no-sandbox --disable-gpu --remote-debugging-pipe --user-data-dir={tmp_path}/home"
+    switches = f"--headless --no-sandbox --remote-debugging-pipe --user-data-dir={tmp_path}/home"
     words = ["bash", "-c", f'exec "$@" 3<&{commands} 4>&{replies}', "-", CHROMIUM, *switches.split()]
     process = subprocess.Popen(words, pass_fds=(commands, replies), stderr=subprocess.DEVNULL)
     os.close(replies)
@@ -1244,7 +1260,7 @@ def browser(tmp_path):
         os.write(to, json.dumps(message).encode() + b"\0")
         while (found := json.loads(b"".join(iter(lambda: stream.read(1), b"\0")))).get("id") != message["id"]:
             call.events.append(found["method"])
-        return found["result"]
+        return found.get("result", {})
 
     call.events = []
     target = call("Target.createTarget", url="about:blank")["targetId"]
@@ -1262,15 +1278,14 @@ def test_in_a_browser_links_lead_on_tokens_are_found_and_foreign_text_does_nothi
     def js(script):
         found = browser("Runtime.evaluate", expression=script, awaitPromise=True)
         assert "exceptionDetails" not in found, found
-        return found["result"].get("value")
+        return found.get("result", {}).get("value")
 
-    def click(where):  # a link; then the title that appears
-        return js(f"new Promise(done => {{ addEventListener('hashchange', () => done({TITLE}), {{once: true}}); "
-                  f"document.querySelector('{where}').click(); }})")
+    def click(where):  # on a link; what is then shown
+        return js("new Promise(done => { onhashchange = () => done(document.querySelector('h2').innerText); "
+                  f"document.querySelector('{where}').click() }})")
 
-    TITLE = "document.querySelector('h2').textContent"
     tree, sae = msae.FeatureTree(toy_settings()["tree"]), msae.MatryoshkaSAE(20, 20, (3, 20))
-    order = sorted(range(20), key=lambda feature: feature not in (0, 4, 8))  # the parents first
+    order = sorted(range(20), key=lambda feature: feature not in (0, 4, 8))  # those with children first
     sae.W_dec.data, sae.W_enc.data = tree.directions[order], tree.directions[order].T.contiguous()
     sae.save("tree")
     np.save("tree.npy", tree.sample(2000, 0))
@@ -1279,52 +1294,29 @@ def test_in_a_browser_links_lead_on_tokens_are_found_and_foreign_text_does_nothi
     for domain in ("Runtime", "Log", "Page"):
         browser(f"{domain}.enable")
     browser("Page.navigate", url=Path("tree/look.html").resolve().as_uri() + "#latent-17")
-    for _ in range(200):
-        if js("document.readyState") == "complete" and js(TITLE.replace("').", "')?.")):
-            break
-    assert js(TITLE) == "Latent 17"  # of the link
-    number = int(click("#tree .level details a").split()[1])
-    beside = ".two > div:last-child .line"  # first the parent, where there is one, then the children
-    assert number < 3 <= int(click(beside).split()[1]) and click(beside) == f"Latent {number}"
+    end = time.monotonic() + 60
+    while js("document.readyState + document.querySelector('h2')?.textContent") != "completeLatent 17":
+        assert time.monotonic() < end
+    number, beside = int(click("#tree .level details a").split()[1]), ".two > div:last-child .line"
+    assert number < 3 <= int(click(beside).split()[1])  # its child
+    assert click(beside) == f"Latent {number}"  # whose parent it is
     found = js("const box = document.querySelector('#find'); box.value = 'CAT'; "
-               "box.dispatchEvent(new Event('input', {bubbles: true})); [...document.querySelectorAll('#tree .line')].map(a => a.textContent).join('|')")
+               "box.dispatchEvent(new Event('input', {bubbles: true})); "
+               "[...document.querySelectorAll('#tree .line')].map(a => a.textContent).join('|')")
     assert found and all(" Cat" in line for line in found.split("|"))
     assert js("document.querySelectorAll('img, script').length") == 2
     assert not {"Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded",
                 "Page.javascriptDialogOpening"} & {*browser.events}
 
 
-@pytest.mark.parametrize("content, texts", [
-    (["a", "Ġb"], {0: "a", 1: " b"}), ({"▁x": 5, "": 7}, {5: " x", 7: "∅"}), ([["▁u", -1.5]], {0: " u"}),
-    ({"model": {"vocab": {"ĠÃ©": 1, "Ċ": 0}}, "added_tokens": [{"id": 2, "content": "<|é|>"}]},
-     {1: " é", 0: "⏎", 2: "<|é|>"})])
-def test_vocabularies_of_every_kind_say_what_their_tokens_mean(tmp_path, content, texts):
-    msae.write(tmp_path / "vocab.json", content)
-    assert cli.read_vocab(tmp_path / "vocab.json") == texts
-
-
-def test_ids_of_every_shape_and_of_a_folder_say_document_and_token(tmp_path):
-    np.save(tmp_path / "ids.npy", np.arange(12).reshape(3, 4))
-    assert cli.token_ids(tmp_path / "ids.npy", "", 12)[5].tolist() == [1, 5]
-    np.save(tmp_path / "ids.npy", np.arange(12))
-    assert cli.token_ids(tmp_path / "ids.npy", "", 12)[5].tolist() == [0, 5]
-    for name in "ab":
-        np.save(tmp_path / f"{name}.npy", rows(6))
-        np.save(tmp_path / f"{name}.ids.npy", np.full((6, 2), ord(name)))
-    (tmp_path / "ids.npy").unlink()
-    assert len(msae.Rows(tmp_path)) == 12 and cli.token_ids(None, tmp_path, 12)[:, 1].tolist() == [97] * 6 + [98] * 6
-
-
 def test_a_family_of_vanilla_saes_is_trained_at_the_size_and_l0_of_each_prefix(here):
     output = run(*TRAIN, "--family", "--out", "new")
-    inside = json.loads(Path("new/eval.json").read_text())["prefixes"]
-    for level in inside:
-        sae = msae.MatryoshkaSAE.load(Path("new", f"alone-{level['latents']}"))
-        found = json.loads(Path("new", f"alone-{level['latents']}", "eval.json").read_text())
-        assert sae.prefixes == (level["latents"],) and sae.metadata["training"]["k"] == pytest.approx(level["l0"], abs=1e-3)
-        numbers = [each[key] for key in ("fvu", "l0", "max_cosine") for each in (level, found)]
-        shown = "{:,} +{:.4f} +{:.4f} +{:.2f} +{:.2f} +{:.3f} +{:.3f}".format(level["latents"], *numbers)
-        assert re.search(shown, output)
+    for level in json.loads(Path("new/eval.json").read_text())["prefixes"]:
+        n, folder = level["latents"], Path("new", f"alone-{level['latents']}")
+        found, sae = json.loads((folder / "eval.json").read_text()), msae.MatryoshkaSAE.load(folder)
+        assert sae.prefixes == (n,) and sae.metadata["training"]["k"] == pytest.approx(level["l0"], abs=1e-3)
+        figures = [each[key] for key in ("fvu", "l0", "max_cosine") for each in (level, found)]
+        assert re.search("{} +{:.4f} +{:.4f} +{:.2f} +{:.2f} +{:.3f} +{:.3f}".format(n, *figures), output)
 
 
 # ----------------------------------------------------------------------------------- the Hub and neighbours
