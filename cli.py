@@ -339,11 +339,10 @@ def run_config(path, spare, options):
 
 def alone(cfg, level):
     """The vanilla twin of a prefix with these figures: its size, its L0, a learning rate for its size."""
-    p, k = level["latents"], max(round(level["l0"], 3), 1 / cfg.batch_size)
-    spare, rate = (cfg.n_latents_start or cfg.n_latents) / cfg.n_latents, msae.default_lr
+    p, F = level["latents"], cfg.n_latents
     return dataclasses.replace(
-        cfg.vanilla(), n_latents=p, prefixes=(p,), n_latents_start=round(spare * p), k=k,
-        k_start=cfg.k_start and min(p, cfg.k_start * k / cfg.k), lr=cfg.lr * rate(p) / rate(cfg.n_latents))
+        cfg.vanilla(), n_latents=p, n_latents_start=round((cfg.n_latents_start or F) / F * p), prefixes=(p,),
+        k=level["l0"], k_start=None, lr=cfg.lr * msae.default_lr(p) / msae.default_lr(F))
 
 
 def default_folder(path, resume, is_first):
@@ -549,24 +548,23 @@ PAGE = r"""<!doctype html>
 <meta http-equiv="Content-Security-Policy" content="default-src 'unsafe-inline'"><style>
 :root { color-scheme: light dark; --mark: color-mix(in srgb, orange 13%, Canvas) }
 * { box-sizing: border-box; margin: 0; font: inherit } h2, h3, b { font-weight: 600 } h2 { font-size: 1.5em }
-a, b { color: light-dark(#8a3d05, #f2ab62); text-decoration: none } h3 { margin: 1.3em 0 .4em }
+a[href], b { color: light-dark(#8a3d05, #f2ab62); text-decoration: none } h3 { margin: 1.3em 0 .4em }
 i, small { color: color-mix(in srgb, CanvasText 65%, Canvas); font-variant-numeric: tabular-nums }
 body { height: 100vh; display: grid; grid: 1fr / minmax(20em, 28em) 1fr; font: 15px/1.5 system-ui }
 nav { display: flex; flex-direction: column; border-right: 1px solid silver; min-height: 0 }
 header { display: flex; flex-wrap: wrap; gap: .5em; padding: .8em } select { flex: 1; width: 0 }
 header > :not(select) { flex: 1 0 100% } #tree, main { overflow: auto } main { padding: .8em 1.6em }
-summary { display: flex } .leaf { padding-left: 1.3em } [open] > summary::before { rotate: 90deg }
-summary::before { content: "▸"; flex: 0 0 1.3em; text-align: center }
+summary { display: flex } summary::before { content: "▸"; flex: 0 0 1.3em; text-align: center }
+[open] > summary::before { rotate: 90deg } .leaf { padding-left: 1.3em } svg { width: 100%; fill: orange }
 .level > summary { position: sticky; top: 0; z-index: 1 } .line b { min-width: 2.4em }
 .level > summary, .now, .line:hover { background: var(--mark) } .on { border-bottom: 2px solid }
 .level > :not(summary) { content-visibility: auto; contain-intrinsic-height: auto 1.5em }
-details:not(.level) > :not(summary) { margin-left: .8em }
+details:not(.level) > :not(summary) { margin-left: .8em } svg { height: 5em; border-bottom: 1px solid }
 .rows, .two { display: grid; grid: auto / auto 1fr; gap: .4em .9em } .two { grid: auto / 1fr 20em; gap: 2em }
 .line { display: flex; flex: 1; gap: .6em; min-width: 0; padding-right: .6em; color: inherit }
 .line > span { flex: 1; overflow: hidden; text-overflow: ellipsis; white-space: pre }
 u { background: color-mix(in srgb, orange calc(var(--a) * 60%), #0000); text-decoration: none }
 u, span { unicode-bidi: isolate } .rows span { white-space: pre-wrap; overflow-wrap: anywhere }
-svg { width: 100%; height: 5em; fill: orange; border-bottom: 1px solid }
 @media (max-width: 900px) { body, .two { display: block } #tree { max-height: 42vh } main { padding: .8em } }
 @media print { nav { display: none } body { display: block; color-scheme: light; print-color-adjust: exact } }
 </style></head><body><nav><header><a href="#"><b></b></a>
@@ -590,9 +588,7 @@ function make(tag, props, ...content) {  // content that is text never becomes m
   node.append(...content);
   return node;
 }
-function link(n, props, ...content) {
-  return make(at.has(n) ? "a" : "span", {...props, ...at.has(n) && {href: `#latent-${n}`}}, ...content);
-}
+const link = (n, ...content) => make("a", at.has(n) ? {href: `#latent-${n}`} : {}, ...content);
 const token = i => data.vocab[data.tokens[i]];
 function words(c, before = 10, after = 5) {
   if (!c?.shades) return [c ? c.text ?? `row ${c.row}` : "never on in these rows"];
@@ -605,12 +601,11 @@ function words(c, before = 10, after = 5) {
 function line(n, note) {
   const l = at.get(n), name = data.truth?.find(feature => feature.latent === n)?.name;
   const text = name ? [name] : l ? words(l.shown, 2, 3) : ["not on this page"];
-  return link(n, {className: "line"}, make("b", {}, n), make("span", {}, ...text), make("i", {}, note));
+  const node = link(n, make("b", {}, n), make("span", {}, ...text), make("i", {}, note));
+  return Object.assign(node, {className: "line"});
 }
-function nest(own, nested) {
-  return nested.length ? make("details", {open: latents.length < 100}, make("summary", {}, own), ...nested)
-    : make("div", {className: "leaf"}, own);
-}
+const nest = (own, nested) => !nested.length ? make("div", {className: "leaf"}, own)
+  : make("details", {open: latents.length < 100}, make("summary", {}, own), ...nested);
 const branch = l => nest(line(l.latent, percent(l.share)), children(l).map(branch));
 const truth = parent => (data.truth ?? []).filter(feature => feature.parent === parent).map(
   feature => nest(line(feature.latent, `cosine ${feature.cosine.toFixed(2)}`), truth(feature.number)));
@@ -637,18 +632,14 @@ function mark() {  // the chosen latent, in the tree
   a?.classList.add("now");
   a?.scrollIntoView({block: "nearest"});
 }
-function section(title, content) {
-  return make("section", {hidden: !content.length}, make("h3", {}, title), ...content);
-}
-function rows(title, contexts) {
-  return section(title, [make("div", {className: "rows"}, ...contexts.flatMap(c => [
-    make("i", {title: `row ${c.row}`}, c.act.toPrecision(3)),
-    make("span", {}, ...words(c), ...(c.others ?? []).flatMap(n => ["  ", link(n, {}, n)]))]))]);
-}
+const section = (title, content) =>
+  make("section", {hidden: !content.length}, make("h3", {}, title), ...content);
+const rows = (title, contexts) => section(title, [make("div", {className: "rows"}, ...contexts.flatMap(c => [
+  make("i", {title: `row ${c.row}`}, c.act.toPrecision(3)),
+  make("span", {}, ...words(c), ...(c.others ?? []).flatMap(n => ["  ", link(n, n)]))]))]);
 function histogram(counts) {
   const bars = counts.map((n, i) => `M${i + .05} 1v-${n / Math.max(1, ...counts)}h.9V1z`).join(" ");
-  const svg = `<svg viewBox="0 0 16 1" preserveAspectRatio="none"><path d="${bars}"/></svg>`;
-  return make("div", {innerHTML: svg});
+  return make("p", {innerHTML: `<svg viewBox="0 0 16 1" preserveAspectRatio=none><path d="${bars}"/></svg>`});
 }
 function drawMain() {
   const l = chosen();

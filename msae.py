@@ -1344,8 +1344,8 @@ def activation_hook(module, at="output", replace=None, stop=False):
 @torch.no_grad()
 def harvest(model, module, batches, out, at="output", drop=(), dtype="float16", max_rows=None,
             on_rows=lambda done: None):
-    """Write the activations of ``module`` in ``model`` to ``out``, X.npy (rows, D), and of each its text's number
-    and token id to X.ids.npy, int32 (rows, 2), when they are whole; return the number of rows.
+    """Write the activations of ``module`` in ``model`` to ``out``, X.npy (rows, D), with number of the text
+    and token id of each to X.ids.npy, int32 (rows, 2), when they are whole; return the number of rows.
     ``batches``: token ids (B, T), or dicts of what ``model`` takes by name, with "input_ids". Ids in
     ``drop``, and what an "attention_mask" leaves out, give no row."""
     _require(not model.training, "model must be in evaluation mode, model.eval(): training", model.training)
