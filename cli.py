@@ -548,7 +548,7 @@ PAGE = r"""<!doctype html>
 <meta http-equiv="Content-Security-Policy" content="default-src 'unsafe-inline'"><style>
 :root { color-scheme: light dark; --mark: color-mix(in srgb, orange 13%, Canvas) }
 * { box-sizing: border-box; margin: 0; font: inherit } h2, h3, b { font-weight: 600 } h2 { font-size: 1.5em }
-a[href], b { color: light-dark(#8a3d05, #f2ab62); text-decoration: none } h3 { margin: 1.3em 0 .4em }
+:any-link, b { color: light-dark(#8a3d05, #f2ab62); text-decoration: none } h3 { margin: 1.3em 0 .4em }
 i, small { color: color-mix(in srgb, CanvasText 65%, Canvas); font-variant-numeric: tabular-nums }
 body { height: 100vh; display: grid; grid: 1fr / minmax(20em, 28em) 1fr; font: 15px/1.5 system-ui }
 nav { display: flex; flex-direction: column; border-right: 1px solid silver; min-height: 0 }
@@ -582,7 +582,7 @@ let below = group();
 const children = l => below.get(l.latent) ?? [];
 const level = l => ends.findIndex(end => l.latent < end);
 const keys = [l => l.share, l => children(l).length, l => -l.latent];
-const percent = x => x.toLocaleString("en", {style: "percent", maximumSignificantDigits: 2});
+const percent = new Intl.NumberFormat("en", {style: "percent", maximumSignificantDigits: 2}).format;
 function make(tag, props, ...content) {  // content that is text never becomes markup
   const node = Object.assign(document.createElement(tag), props);
   node.append(...content);
@@ -636,7 +636,8 @@ const section = (title, content) =>
   make("section", {hidden: !content.length}, make("h3", {}, title), ...content);
 const rows = (title, contexts) => section(title, [make("div", {className: "rows"}, ...contexts.flatMap(c => [
   make("i", {title: `row ${c.row}`}, c.act.toPrecision(3)),
-  make("span", {}, ...words(c), ...(c.others ?? []).flatMap(n => ["  ", link(n, n)]))]))]);
+  make("span", {}, ...words(c), ...(c.others ?? []).flatMap(
+    n => at.get(n) === chosen() ? [] : ["  ", link(n, n)]))]))]);
 function histogram(counts) {
   const bars = counts.map((n, i) => `M${i + .05} 1v-${n / Math.max(1, ...counts)}h.9V1z`).join(" ");
   return make("p", {innerHTML: `<svg viewBox="0 0 16 1" preserveAspectRatio=none><path d="${bars}"/></svg>`});
