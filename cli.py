@@ -230,8 +230,8 @@ def svg(maps, cell=11):
 FIGURES = {"latents": "{latents:,}", "FVU": "{fvu:.4f}", "L0": "{l0:.2f}", "cosine": "{max_cosine:.3f}",
            "dead": "{dead:.2%}", "silent": "{silent[share]:.2%}"}
 FAMILY = {"latents": "{latents:,}", "FVU inside": "{fvu:.4f}", "FVU alone": "{alone[fvu]:.4f}",
-          "L0 inside": "{l0:.2f}", "L0 alone": "{alone[l0]:.2f}", "cosine inside": "{max_cosine:.3f}",
-          "cosine alone": "{alone[max_cosine]:.3f}"}
+          "L0 inside": "{l0:.2f}", "L0 alone": "{alone[l0]:.2f}", "cos inside": "{max_cosine:.3f}",
+          "cos alone": "{alone[max_cosine]:.3f}"}
 LEGEND = ("cosine: mean over latents of the largest with another decoder row; dead: never fire on these "
           "{rows:,} rows; silent: did not on the last {silent[rows]:,} training rows")
 
