@@ -7,7 +7,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # the imports take seconds: Ctrl-C ends them without a trace
 
 import contextlib
-import itertools
+import dataclasses
 import json
 import math
 import shlex
@@ -158,7 +158,7 @@ COLOURS = ((13, 8, 42), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 
 @option("--config", type=OLD_FILE, default=Path(__file__).with_name("toy_config.json"), help="Settings.")
 @option("--seed", type=IntRange(0, 2**62), default=0, help="First seed: of directions, rows and weights.")
 @option("--seeds", type=IntRange(min=1), default=1, help="Number of seeds, one after the other.")
-@option("--out", type=FOLDER, default="runs/toy", help="Folder for toy.json and toy.svg.")
+@option("--out", type=FOLDER, default="runs/toy", help="Folder for toy.json, toy.svg and look.html.")
 def toy(config, seed, seeds, out):
     """Show absorption, and its cure, on a tree of features.
 
@@ -180,10 +180,11 @@ def toy(config, seed, seeds, out):
         msae.write(out / "toy.json", results[0] if seeds == 1 else {"seeds": results})
         maps = pure_maps(tree, saes)
         msae.write(out / "toy.svg", svg(maps, {parent for parent, _ in tree.pairs}).encode())
+        toy_page(out / "look.html", saes["matryoshka"], tree)
     show_table("True features recovered", RECOVERED, {name: toy_rows(name, results) for name in PUBLISHED})
     for rows in zip(*maps.values()) if console.color_system and not console.no_color else ():
         console.print(*("".join(f"[on {colour(a)}] [/]" for a in row) for row in rows), sep="  ", markup=True)
-    click.echo(f"wrote {out / 'toy.json'} and {out / 'toy.svg'}")
+    click.echo(f"wrote {out / 'toy.json'}, {out / 'toy.svg'} and {out / 'look.html'}")
 
 
 def toy_setup(settings, seed=0):
@@ -255,6 +256,9 @@ def svg(maps, parents, cell=13):
 # ------------------------------------------------------------------------------------------------------ train
 FIGURES = {"latents": "{latents:,}", "FVU": "{fvu:.4f}", "L0": "{l0:.2f}", "cosine": "{max_cosine:.3f}",
            "dead": "{dead:.2%}", "silent": "{silent[share]:.2%}"}
+FAMILY = {"latents": "{latents:,}", "FVU inside": "{fvu:.4f}", "FVU alone": "{alone[fvu]:.4f}",
+          "L0 inside": "{l0:.2f}", "L0 alone": "{alone[l0]:.2f}", "cos inside": "{max_cosine:.3f}",
+          "cos alone": "{alone[max_cosine]:.3f}"}
 LEGEND = ("cosine: mean over latents of the largest with another decoder row; dead: never fire on these "
           "{rows:,} rows; silent: did not on the last {silent[rows]:,} training rows")
 
@@ -271,6 +275,7 @@ def numbers(text):
 @option("--pareto", "n_prefixes", type=int, help="Instead, sample this many prefixes at every step.")
 @option("--spare", type=float, help="Spare latents at first, as a part of F.  [default: 0.25]")
 @option("--baseline", is_flag=True, help="Then train the vanilla twin on the same batches and show both.")
+@option("--family", is_flag=True, help="Then train a vanilla SAE of each prefix's size and L0, to compare.")
 @option("--steps", type=int, help="Optimizer steps.  [default: 10000]")
 @option("--batch-size", type=int, help="Rows per step, of all processes together.  [default: 2048]")
 @option("--lr", type=float, help="Peak learning rate of Adam.  [default: by F, batch size and steps]")
@@ -282,7 +287,7 @@ def numbers(text):
 @option("--resume", is_flag=True, help="Go on with the run in --out, or in the newest default folder.")
 @option("--save-minutes", type=float, default=10, help="Minutes between checkpoints.")
 @option("--config", type=OLD_FILE, help="JSON with any TrainConfig fields; options override it.")
-def train(acts, device, out, config, spare, baseline, resume, save_minutes, **options):
+def train(acts, device, out, config, spare, baseline, family, resume, save_minutes, **options):
     """Train on activations; SAELens opens the checkpoint.
 
     A tenth of the rows (at most 16,384) is set aside in random blocks for the figures at the end (eval.json).
@@ -292,13 +297,14 @@ def train(acts, device, out, config, spare, baseline, resume, save_minutes, **op
     cfg, beside, figures = run_config(config, spare, options), Path(f"{Path(acts)}.json"), {}
     about = read_json(beside) if beside.is_file() else {}
     about = {key: about[key] for key in ("model_name", "hook_name", "dataset", "base_model") if key in about}
+    about["acts"] = str(Path(acts).resolve())
     several, on_cuda = "LOCAL_RANK" in os.environ, device.type == "cuda"
     is_first = os.environ.get("RANK", "0") == "0"
     console.quiet = not is_first
     rows, held_out = read_rows(acts, cfg.max_norm).split_off(0.1, cfg.seed)
     folder = out or default_folder(Path("runs", f"{Path(acts).stem}-{cfg.n_latents}"), resume, is_first)
-    runs, log = [("matryoshka", cfg, folder), ("vanilla", cfg.vanilla(), folder / "vanilla")], []
-    epochs = cfg.steps * cfg.batch_size / len(rows)
+    runs = [("matryoshka", cfg, folder), *[("vanilla", cfg.vanilla(), folder / "vanilla")] * baseline]
+    log, epochs = [], cfg.steps * cfg.batch_size / len(rows)
     try:
         console.print(f"{len(rows):,} rows of width {rows.d_model}, {len(held_out):,} more held out; "
                       f"{cfg.steps:,} steps, {epochs:,.1f} epochs; {cfg.k:g} of {cfg.n_latents:,} latents "
@@ -309,9 +315,9 @@ def train(acts, device, out, config, spare, baseline, resume, save_minutes, **op
             torch.cuda.set_device(device)
         if several:
             torch.distributed.init_process_group("nccl" if on_cuda else "gloo")
-        for name, own, where in runs[: 1 + baseline]:
+        for name, own, where in runs:  # which a family makes longer
             log.clear()
-            with progress(f"{name if baseline else 'train'}  step", own.steps, TRAINING) as show:
+            with progress(f"{name if baseline or family else 'train'}  step", own.steps, TRAINING) as show:
                 sae = msae.train(rows, own, device=device, out=where, resume=resume, metadata=about,
                                  on_log=lambda found: log.append(found) or show(found),
                                  save_minutes=save_minutes)
@@ -325,6 +331,12 @@ def train(acts, device, out, config, spare, baseline, resume, save_minutes, **op
                 else:
                     console.print(f"{where} was finished before", soft_wrap=True)
                 msae.write(where / "eval.json", figures[name])
+            if family and where == folder:
+                levels = [figures[name]["prefixes"] if is_first else None]
+                if several:
+                    torch.distributed.broadcast_object_list(levels)
+                runs += [(f"alone-{own.n_latents}", own, folder / f"alone-{own.n_latents}")
+                         for own in (alone(cfg, level) for level in levels[0])]
     except (KeyboardInterrupt, SystemExit, RuntimeError) as error:
         if is_first:
             show_how_to_resume(folder, out)
@@ -339,10 +351,15 @@ def train(acts, device, out, config, spare, baseline, resume, save_minutes, **op
                 folder.rmdir()
                 folder.parent.rmdir()
     if is_first:
+        pairs = [{"alone": figures.pop(f"alone-{level['latents']}"), **level}
+                 for level in figures["matryoshka"]["prefixes"] if family]
         show_figures("held-out rows", FIGURES, figures)
+        if family:
+            show_table("The SAE inside against the SAE alone", FAMILY, {"": pairs})
     console.print(f"\nsaved {folder}\nload it with  sae = msae.MatryoshkaSAE.load({str(folder)!r})\n"
                   f"measure it    python cli.py eval {folder} --acts OTHERS.npy\n"
-                  f"share it      python cli.py push {folder}", soft_wrap=True)
+                  f"look at it    python cli.py look {folder}\nshare it      python cli.py push {folder}",
+                  soft_wrap=True)
 
 
 def run_config(path, spare, options):
@@ -360,6 +377,14 @@ def run_config(path, spare, options):
             raise click.UsageError(f"--spare must lie in [0, 1000], got {spare}")
         settings["n_latents_start"] = n_latents + round(spare * n_latents)
     return new_config(settings)
+
+
+def alone(cfg, level):
+    """The vanilla twin of a prefix with these figures: its size, its L0, a learning rate for its size."""
+    p, F = level["latents"], cfg.n_latents
+    return dataclasses.replace(
+        cfg.vanilla(), n_latents=p, n_latents_start=round((cfg.n_latents_start or F) / F * p), prefixes=(p,),
+        k=level["l0"], k_start=None, lr=cfg.lr * (F / p) ** (1 / 6))
 
 
 def default_folder(path, resume, is_first):
@@ -469,11 +494,12 @@ def harvest(model_path, layer, device, tokens, max_rows, dtype, out):
 
     They are its residual stream, without that of the tokens [BEGIN] and [PAD].
     """
-    if out.exists():
-        raise FileExistsError(f"{out} exists: choose another --out")
+    for file in (out, out.with_suffix(".ids.npy")):
+        if file.exists():
+            raise FileExistsError(f"{file} exists: choose another --out")
     model, hooks, ids = tiny_model(model_path, layer, device, tokens, max_rows)
     total = min(max_rows, int(torch.isin(ids, torch.tensor(DROPPED), invert=True).sum()))
-    size = total * model.embed.weight.shape[1] * np.dtype(dtype).itemsize
+    size = total * (model.embed.weight.shape[1] * np.dtype(dtype).itemsize + 8)
     if size > (free := shutil.disk_usage(out.parent).free):
         raise OSError(f"{out} would take {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: lower --max-rows")
     with progress("harvest  row", total) as show:
@@ -547,14 +573,274 @@ def label_rows(path, rows, most=20_000):
     if not 0 < len(values) <= 1000 or labels.ndim == 2 and not set(values) <= {0, 1}:
         raise ValueError(f"{path} must hold whole numbers ({n},), up to 1000 different, or 0 and 1 ({n}, C), "
                          f"got {labels.dtype} {labels.shape} {labels.reshape(-1)[:5]}")
-    sizes = [stop - start for _, start, stop in rows.blocks]
-    chosen = np.random.default_rng(0).permutation(len(sizes))[: most // max(sizes)]
-    part = rows.keep(chosen)
-    x = part.read_all()
-    near = ~part.too_far(x)
-    y = labels[np.isin(np.arange(len(sizes)), chosen).repeat(sizes)][near.numpy()].astype(np.int64)
+    rows, chosen = some_blocks(rows, most)
+    x = rows.read_all()
+    near = ~rows.too_far(x)
+    y = labels[chosen][near.numpy()].astype(np.int64)
     y, names = (y == 1, range(y.shape[1])) if y.ndim == 2 else (y[:, None] == values, values)
     return x[near].float(), torch.from_numpy(y), [str(name) for name in names]
+
+
+def some_blocks(rows, most):
+    """(Random whole blocks of ``rows``, at most ``most`` rows or one block; which of all rows they are)."""
+    sizes = [stop - start for _, start, stop in rows.blocks]
+    chosen = np.random.default_rng(0).permutation(len(sizes))[: max(1, most // max(sizes))]
+    return rows.keep(chosen), np.isin(np.arange(len(sizes)), chosen).repeat(sizes)
+
+
+# ------------------------------------------------------------------------------------------------------- look
+PAGE = r"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title></title>
+<meta http-equiv="Content-Security-Policy" content="default-src 'unsafe-inline'"><style>
+:root { color-scheme: light dark; --mark: color-mix(in srgb, orange 13%, Canvas) }
+* { box-sizing: border-box; margin: 0; font: inherit } h2, h3, b { font-weight: 600 } h2 { font-size: 1.5em }
+:any-link, b { color: light-dark(#8a3d05, #f2ab62); text-decoration: none } h3 { margin: 1.3em 0 .4em }
+i, small { color: color-mix(in srgb, CanvasText 65%, Canvas); font-variant-numeric: tabular-nums }
+body { height: 100vh; display: grid; grid: 1fr / minmax(20em, 28em) 1fr; font: 15px/1.5 system-ui }
+nav { display: flex; flex-direction: column; border-right: 1px solid silver; min-height: 0 }
+header { display: flex; flex-wrap: wrap; gap: .5em; padding: .8em } select { flex: 1; width: 0 }
+header > :not(select) { flex: 1 0 100% } #tree, main { overflow: auto } main { padding: .8em 1.6em }
+summary { display: flex } summary::before { content: "▸"; flex: 0 0 1.3em; text-align: center }
+[open] > summary::before { rotate: 90deg } .leaf { padding-left: 1.3em } svg { width: 100%; fill: orange }
+.level > summary { position: sticky; top: 0; z-index: 1 } .line b { min-width: 2.4em }
+.level > summary, .now, .line:hover { background: var(--mark) } .on { border-bottom: 2px solid }
+.level > :not(summary) { content-visibility: auto; contain-intrinsic-height: auto 1.5em }
+details:not(.level) > :not(summary) { margin-left: .8em } svg { height: 5em; border-bottom: 1px solid }
+.rows, .two { display: grid; grid: auto / auto 1fr; gap: .4em .9em } .two { grid: auto / 1fr 20em; gap: 2em }
+.line { display: flex; flex: 1; gap: .6em; min-width: 0; padding-right: .6em; color: inherit }
+.line > span { flex: 1; overflow: hidden; text-overflow: ellipsis; white-space: pre }
+u { background: color-mix(in srgb, orange calc(var(--a) * 60%), #0000); text-decoration: none }
+u, span { unicode-bidi: isolate } .rows span { white-space: pre-wrap; overflow-wrap: anywhere }
+@media (max-width: 900px) { body, .two { display: block } #tree { max-height: 42vh } main { padding: .8em } }
+@media print { nav { display: none } body { display: block; color-scheme: light; print-color-adjust: exact } }
+</style></head><body><nav><header><a href="#"><b></b></a>
+<input type="search" id="find" placeholder="Number or token" aria-label="Number or token">
+<select id="level" aria-label="Level"><option>All levels</option></select>
+<select id="sort" aria-label="Order"><option>by firing share</option><option>by children</option>
+<option>by number</option></select><small></small></header><div id="tree"></div></nav><main></main>
+<script id="data" type="application/json">DATA</script><script type="module">
+const $ = query => document.querySelector(query), data = JSON.parse($("#data").textContent);
+const {ends, latents} = data, at = new Map(latents.map(l => [l.latent, l]));
+const levels = ends.map((end, i) => `Level ${i + 1}: latents ${ends[i - 1] ?? 0} to ${end - 1}`);
+const chosen = () => at.get(parseInt(location.hash.slice(8)));  // of #latent-123
+const group = () => Map.groupBy(latents, l => at.has(l.parent?.[0]) ? l.parent[0] : "none");
+let below = group();
+const children = l => below.get(l.latent) ?? [];
+const level = l => ends.findIndex(end => l.latent < end);
+const keys = [l => l.share, l => children(l).length, l => -l.latent];
+const percent = new Intl.NumberFormat("en", {style: "percent", maximumSignificantDigits: 2}).format;
+function make(tag, props, ...content) {  // content that is text never becomes markup
+  const node = Object.assign(document.createElement(tag), props);
+  node.append(...content);
+  return node;
+}
+const link = (n, ...content) => make("a", at.has(n) ? {href: `#latent-${n}`} : {}, ...content);
+const token = i => data.vocab[data.tokens[i]];
+function words(c, before = 10, after = 5) {
+  if (!c?.shades) return [c ? c.text ?? `row ${c.row}` : "never on in these rows"];
+  return [...c.shades].map((shade, i) => {
+    const word = make("u", {className: i === c.at ? "on" : ""}, token(c.from + i));
+    word.style.setProperty("--a", parseInt(shade, 36) / 35);
+    return shade === "0" ? token(c.from + i) : word;
+  }).slice(Math.max(0, c.at - before), c.at + after + 1);
+}
+function line(n, note) {
+  const l = at.get(n), name = data.truth?.find(feature => feature.latent === n)?.name;
+  const text = name ? [name] : l ? words(l.shown, 2, 3) : ["not on this page"];
+  const node = link(n, make("b", {}, n), make("span", {}, ...text), make("i", {}, note));
+  return Object.assign(node, {className: "line"});
+}
+const nest = (own, nested) => !nested.length ? make("div", {className: "leaf"}, own)
+  : make("details", {open: latents.length < 100}, make("summary", {}, own), ...nested);
+const branch = l => nest(line(l.latent, percent(l.share)), children(l).map(branch));
+const truth = parent => (data.truth ?? []).filter(feature => feature.parent === parent).map(
+  feature => nest(line(feature.latent, `cosine ${feature.cosine.toFixed(2)}`), truth(feature.number)));
+function drawTree() {
+  const key = keys[$("#sort").selectedIndex], only = $("#level").selectedIndex - 1;
+  const wanted = $("#find").value.trim().toLowerCase(), all = !wanted && only < 0;
+  const has = c => (c.shades ? token(c.from + c.at).toLowerCase() : "").includes(wanted);
+  for (const l of latents) l.shown = wanted && l.largest.find(has) || l.largest[0];
+  latents.sort((a, b) => key(b) - key(a) || b.share - a.share);
+  below = group();
+  const found = all ? below.get("none") : latents.filter(l => (only < 0 || level(l) === only)
+    && (!wanted || `${l.latent}` === wanted || l.largest.some(has)));
+  $("small").textContent = `${found.length} ${all ? "latents, with those below them" : "found"}`;
+  $("#tree").replaceChildren(...levels.map((title, i) => {
+    const own = found.filter(l => level(l) === i).map(branch), head = make("summary", {}, title);
+    return make("details", {className: "level", open: true, hidden: !own.length}, head, ...own);
+  }));
+  mark();
+}
+function mark() {  // the chosen latent, in the tree
+  const a = $(`#tree a[href="#latent-${chosen()?.latent}"]`);
+  $(".now")?.classList.remove("now");
+  for (let up = a; up; up = up.parentElement.closest("details")) up.open = true;
+  a?.classList.add("now");
+  a?.scrollIntoView({block: "nearest"});
+}
+const section = (title, content) =>
+  make("section", {hidden: !content.length}, make("h3", {}, title), ...content);
+const rows = (title, contexts) => section(title, [make("div", {className: "rows"}, ...contexts.flatMap(c => [
+  make("i", {title: `row ${c.row}`}, c.act.toPrecision(3)),
+  make("span", {}, ...words(c), ...(c.others ?? []).flatMap(
+    n => at.get(n) === chosen() ? [] : ["  ", link(n, n)]))]))]);
+function histogram(counts) {
+  const bars = counts.map((n, i) => `M${i + .05} 1v-${n / Math.max(1, ...counts)}h.9V1z`).join(" ");
+  return make("p", {innerHTML: `<svg viewBox="0 0 16 1" preserveAspectRatio=none><path d="${bars}"/></svg>`});
+}
+function drawMain() {
+  const l = chosen();
+  document.title = $("b").textContent = data.title;
+  $("main").replaceChildren(...l ? [make("h2", {}, `Latent ${l.latent}`), make("p", {}, levels[level(l)],
+      `. On in ${percent(l.share)} of the rows, largest ${l.max}, mean where on ${l.mean}.`),
+    make("div", {className: "two"},
+      make("div", {}, rows("Where it is largest", l.largest), rows("At random where it is on", l.random)),
+      make("div", {}, section(`Activations, from 0 to ${l.max}`, [histogram(l.histogram)]),
+        section("Above it, with directed cosine", l.parent ? [line(...l.parent)] : []),
+        section("Below it, with share of the rows", children(l).map(l => line(l.latent, percent(l.share)))),
+        section("Nearest decoder rows, with cosine", l.nearest.map(near => line(...near)))))]
+    : [make("h2", {}, data.title), make("p", {}, data.about, ". Choose one, or press the down key."),
+       section("The tree that there is, with the latent nearest to each feature", truth(null))]);
+  $("main").scrollTop = 0;
+}
+$("#level").append(...levels.map(title => make("option", {}, title)));
+$("header").addEventListener("input", drawTree);
+addEventListener("hashchange", () => mark(drawMain()));
+addEventListener("keydown", event => {
+  const step = {ArrowDown: 1, ArrowUp: -1}[event.key];
+  if (!step || event.target.tagName === "SELECT") return;
+  const links = [...document.querySelectorAll("#tree a")].filter(a => a.checkVisibility());
+  location.replace(links[links.indexOf($(".now")) + step]?.hash ?? location.hash);
+  event.preventDefault();
+});
+drawTree();
+drawMain();
+</script></body></html>
+"""
+SHAPED = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that such tokens show as they are
+BYTE_OF = dict(zip(map(chr, [*SHAPED, *range(256, 324)]), [*SHAPED, *sorted({*range(256)} - {*SHAPED})]))
+
+
+@main.command(epilog="Example: python cli.py look runs/tiny-3072 --acts held.npy --vocab tokenizer.json")
+@click.argument("checkpoint", required=False)
+@option("--acts", help="As for train.  [default: the rows of training]")
+@option("--ids", type=OLD_FILE, help="A .npy of token ids: (rows,), (docs, positions), or (rows, 2) with the "
+        "number of the document before each.  [default: X.ids.npy beside X.npy]")
+@option("--vocab", type=OLD_FILE, help='A tokenizer.json, or JSON: [tokens] or {"token": id}.')
+@option("--rows", "n_rows", type=IntRange(min=1), default=200_000, help="Of more, read random blocks.")
+@option("--latents", "most", type=IntRange(min=1), default=4096, help="Of more, show the most frequent.")
+@option("--max-norm", type=click.FloatRange(1), default=10, help="As for train.")
+@device_option
+@option("--out", type=NEW_FILE, help="A new file.  [default: look.html in the checkpoint's folder]")
+def look(checkpoint, acts, ids, vocab, n_rows, most, max_norm, device, out):
+    """A page of the latents of CHECKPOINT (or the newest in runs/) as a tree, and of where each is on."""
+    source = checkpoint or newest_checkpoint()
+    file = out or Path(source if Path(source).is_dir() else "", "look.html")
+    if file.exists() and (out or not Path(source).is_dir()):
+        raise FileExistsError(f"{file} exists: choose another --out")
+    sae = msae.MatryoshkaSAE.load(source).to(device)
+    acts = acts or str(sae.metadata.get("acts", "as --acts is missing"))
+    rows, texts = read_rows(acts, max_norm), read_vocab(vocab) if vocab else {}
+    if len(sae.b_dec) != rows.d_model:
+        raise ValueError(f"{source} is for rows of width {len(sae.b_dec)}, {acts} has {rows.d_model}")
+    ids, (rows, chosen) = token_ids(ids, acts, len(rows)), some_blocks(rows, n_rows)
+    with progress("look  row", len(rows)) as show:
+        codes = msae.sparse_codes(sae, rows, on_rows=show)
+    numbers = np.flatnonzero(chosen)
+    tokens, context = ({}, None) if ids is None else token_contexts(ids[numbers], texts, numbers)
+    write_page(file, sae, codes, numbers, context, most, title=f"{source}, {Path(acts).name}", **tokens)
+    click.echo(f"wrote {file}")
+
+
+def token_ids(path, acts, n):
+    """(n, 2), document and token of each of ``n`` rows, by a file or harvest's beside ``acts``, or None."""
+    beside = Path(acts).glob("*.ids.npy") if Path(acts).is_dir() else [Path(acts).with_suffix(".ids.npy")]
+    if not (files := [path] if path else sorted(file for file in beside if file.exists())):
+        return None
+    ids = np.concatenate([msae.read_npy(file) for file in files])
+    if ids.dtype.kind not in "iu" or ids.shape != (n, 2) and (ids.size != n or ids.ndim > 2):
+        raise ValueError(f"{files[0]} must hold whole numbers ({n}, 2), ({n},) or (docs, positions), got "
+                         f"{ids.dtype} {ids.shape}")
+    return ids if ids.shape == (n, 2) else np.stack([np.arange(n) // ids.shape[-1], ids.reshape(-1)], axis=1)
+
+
+def read_vocab(path):
+    """{id: text} of a list of tokens, a map to ids or a tokenizer.json; byte-level ones are decoded."""
+    with msae.reading(path, "a list of tokens, a map of tokens to ids or a tokenizer.json"):
+        found, added = json.loads(path.read_text(encoding="utf-8-sig")), []
+        if isinstance(found, dict) and isinstance(found.get("model"), dict):
+            found, added = found["model"]["vocab"], found.get("added_tokens") or []
+        tokens = [token if isinstance(token, str) else token[0] for token in found]
+        if any("Ġ" in token for token in tokens):
+            tokens = [bytes(map(BYTE_OF.get, token)).decode(errors="replace") if {*token} <= BYTE_OF.keys()
+                      else token for token in tokens]
+        texts = dict(zip(found.values() if isinstance(found, dict) else range(len(found)), tokens))
+        texts |= {each["id"]: each["content"] for each in added}
+        return {id: visible(text) for id, text in texts.items()}
+
+
+def visible(text):
+    """Line breaks and what else has no shape as signs or codes, SentencePiece's spaces as spaces."""
+    signs = {"\n": "⏎", "\t": "⇥", "▁": " "}
+    return "".join(signs.get(c, c if c.isprintable() else f"\\u{ord(c):04x}") for c in text) or "∅"
+
+
+def token_contexts(ids, texts, numbers):
+    """(Tokens for the page; what gives the context of a row, with a latent's activations, from 0 to 1)."""
+    used, tokens = np.unique(ids[:, 1], return_inverse=True)
+    cuts = (np.diff(ids[:, 0]) != 0) | (np.diff(numbers) != 1)
+    bounds = np.flatnonzero(np.r_[True, cuts, True])  # of texts
+
+    def context(row, acts):
+        text = np.searchsorted(bounds, row, side="right")
+        first, end = int(max(bounds[text - 1], row - 10)), min(bounds[text], row + 6)
+        shades = "".join(np.base_repr(round(35 * act), 36) for act in acts[first:end])
+        return {"from": first, "at": row - first, "shades": shades}
+
+    return {"tokens": tokens.tolist(), "vocab": [texts.get(id, str(id)) for id in used.tolist()]}, context
+
+
+def write_page(file, sae, codes, numbers, context, most, **more):
+    """Write the page of ``most`` latents at most, and of rows with these ``numbers`` and their ``codes``."""
+    starts, latent, value, far = codes
+    F, ends, counts = len(sae.b_enc), list(sae.prefixes), np.bincount(latent, minlength=len(sae.b_enc))
+    shown = [level[np.argsort(-counts[level], kind="stable")[: max(1, most * len(level) // F)]]
+             for level in np.split(np.arange(F), ends[:-1])]  # the same share of each level
+    shown, acts, latents = np.sort(np.concatenate(shown)), np.zeros(len(far)), []
+    context = context or (lambda row, acts: {"others": latent[starts[row] + np.argsort(
+        -value[starts[row]:starts[row + 1]])[:9]].tolist()})
+    with progress("look  latent", len(shown)) as show:
+        for figures, at, own in msae.latent_figures(sae, starts, latent, value, shown):
+            acts[at] = own / max(figures["max"], 1e-99)
+            for kind in ("largest", "random"):
+                figures[kind] = [{"row": int(numbers[row]), "act": acts[row] * figures["max"],
+                                  **context(row, acts)} for row in figures[kind]]
+            acts[at] = 0
+            latents.append(figures)
+            show(len(latents))
+    about = (f"{len(far):,} rows, {far.sum():,} of them too far out to count; {F:,} latents, of which "
+             f"{len(value) / max(1, (~far).sum()):.1f} are on in a row and {len(shown):,} are shown")
+    data = json.dumps({"about": about, "ends": ends, "latents": latents, **more}, allow_nan=False)
+    data = json.loads(data, parse_float=lambda x: float(f"{float(x):.4g}"))
+    data = json.dumps(data, separators=(",", ":")).replace("<", r"\u003c")  # foreign text must not end it
+    msae.write(file, PAGE.replace("DATA", data, 1).encode())
+
+
+def toy_page(file, sae, tree):
+    """The latents' tree on fresh toy rows, beside the features' tree."""
+    features = tree.sample_features(20_000, torch.Generator().manual_seed(0))
+    cosine, latent = (torch.nn.functional.normalize(tree.directions, dim=1) @ sae.W_dec.data.T).max(dim=1)
+    truth = [{"number": i, "name": f"feature {i}", "parent": parent, "latent": int(latent[i]),
+              "cosine": float(cosine[i])} for i, parent in enumerate(tree.parent_of)]
+    texts = [f"features {', '.join(map(str, row.nonzero()[:, 0].tolist()))}" for row in features]
+    write_page(file, sae, msae.sparse_codes(sae, features @ tree.directions), range(len(texts)),
+               lambda row, acts: {"text": texts[row]}, len(sae.b_enc), title="The toy", truth=truth)
+
+
+def newest_checkpoint():
+    if weights := max(Path("runs").glob(f"*/{msae.WEIGHTS}"), key=os.path.getmtime, default=None):
+        return weights.parent
+    raise FileNotFoundError("there is no checkpoint under runs/: train one, or name its folder")
 
 
 # ------------------------------------------------------------------------------------------------------ bench
@@ -646,15 +932,15 @@ def push(checkpoint, repo, private, token, license, dry_run, revision, create_pr
 
     CHECKPOINT (the newest in runs/, if not given) goes to REPO, with a model card.
     """
-    weights = max(Path("runs").glob(f"*/{msae.WEIGHTS}"), key=os.path.getmtime, default=None)
-    if not (checkpoint or weights):
-        raise FileNotFoundError("there is no checkpoint under runs/: train one, or name its folder")
-    folder = (checkpoint or weights.parent).resolve()
+    folder = (checkpoint or newest_checkpoint()).resolve()
     repo = repo or folder.name
     name = repo if "/" in repo else f"YOUR_NAME/{repo}"
     card = model_card(folder, name, license, revision)
     paths = [folder / name for name in (msae.WEIGHTS, msae.CONFIG, msae.METRICS)] + sorted(folder.glob(EVALS))
     files = {path.name: path.read_bytes() for path in paths if path.is_file()}
+    cfg = json.loads(files[msae.CONFIG])
+    (cfg.get("metadata") or {}).pop("acts", None)  # a path on this machine
+    files[msae.CONFIG] = json.dumps(cfg, indent=2).encode()
     files |= {"config.json": files[msae.CONFIG], "README.md": card.encode()}  # the Hub counts by the first
     if dry_run:
         lines = "".join(f"{len(content):>13,}  {file}\n" for file, content in files.items())
@@ -685,7 +971,7 @@ def model_card(folder, repo, license, revision):
             of = found.get("acts", "held out from training")
             figures = (f"{table}\n\nOn {found['rows']:,} rows ({of}). FVU: squared error over variance; "
                        f"L0: active latents per row; {legend(found)}.")
-    facts = [f"- {name}: {value}" for name, value in sae.metadata.items()]
+    facts = [f"- {name}: {value}" for name, value in sae.metadata.items() if name != "acts"]
     base = sae.metadata.get("base_model")
     return CARD.format(
         license=json.dumps(license), title=repo.split("/")[-1], figures=figures, facts="\n".join(facts),

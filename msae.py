@@ -746,6 +746,7 @@ class Rows:
             return
         is_folder = isinstance(source, (str, os.PathLike)) and os.path.isdir(source)
         files = sorted(Path(source).glob("*.npy")) if is_folder else [source]
+        files = [file for file in files if not (is_folder and file.name.endswith(".ids.npy"))]  # of harvest
         _require(files, f"{source} must be a .npy file or a folder of them", "a folder without any")
         parts = [as_rows(file) for file in files]
         D = parts[0].shape[1]
@@ -831,10 +832,14 @@ class Rows:
                 _require(finite.all(), f"{rule} {start + int(finite.int().argmin())}", "NaN or infinity")
         return distance > self.radius
 
+    def parts(self, n=4096):
+        """All rows once, in order, as ``Rows`` of about ``n`` each."""
+        numbers, per_part = range(len(self.blocks)), max(1, n // self.block)
+        return (self.keep(numbers[place:place + per_part]) for place in numbers[::per_part])
+
     def chunks(self, n=4096):
-        """All rows once, in order, as tensors of about ``n`` rows."""
-        numbers, per_chunk = range(len(self.blocks)), max(1, n // self.block)
-        return (self.keep(numbers[place:place + per_chunk]).read() for place in numbers[::per_chunk])
+        """What ``read`` gives of each of the ``parts``."""
+        return (part.read() for part in self.parts(n))
 
     def batches(self, batch_size, seed, start=0, rank=0, world=1, device="cpu"):
         """Endless batches (batch_size, D) from number ``start`` on; each row once an epoch, in seeded order.
@@ -1149,6 +1154,58 @@ def erase(sae, n, difference, x, y, w, raw):
     return {"latents": n, "own": own / len(w), "others": (total - own) / max(1, len(w) * (len(w) - 1))}
 
 
+@torch.no_grad()
+def sparse_codes(sae, rows, on_rows=lambda done: None):
+    """Codes of all raw ``rows`` (n, D): ``starts`` (n + 1,), ``latent`` and ``value``, those of row i from
+    ``starts[i]`` to ``starts[i + 1]``; and, without codes, which rows are too far out (n,)."""
+    parts, done = [], 0
+    for part in Rows(rows).parts():
+        x = part.read_all()
+        far = part.too_far(x)
+        acts = sae.encode(x.to(sae.b_dec.device)).cpu().masked_fill(far[:, None], 0)
+        parts.append(((acts > 0).sum(dim=1), acts.nonzero()[:, 1].int(), acts[acts > 0].double(), far))
+        on_rows(done := done + len(x))
+    counts, latent, value, far = (torch.cat(part).numpy() for part in zip(*parts))
+    return np.append(0, counts.cumsum()), latent, value, far
+
+
+@torch.no_grad()
+def latent_figures(sae, starts, latent, value, latents, seed=0):
+    """Of each of ``latents`` figures, the rows where it is on and its activations there, of ``sparse_codes``.
+    ``share`` of rows, ``max``, ``mean``, ``histogram`` (16 bins, 0 to max), the 10 ``largest`` rows, 5 at
+    ``random``, the 5 ``nearest`` [latent, cosine of decoder rows]; ``parent``: of the latents of earlier
+    prefixes the one of largest ``directed_cosines``, if at least 0.6, as [latent, this], else None."""
+    n, ends, by_latent = len(starts) - 1, np.array((0, *sae.prefixes)), np.argsort(latent, kind="stable")
+    row, peaks = np.repeat(np.arange(n), np.diff(starts)), np.zeros(ends[-1])
+    np.maximum.at(peaks, latent, value)
+    bounds = np.searchsorted(latent, np.arange(len(peaks) + 1), sorter=by_latent)
+    directions = nn.functional.normalize(sae.W_dec.cpu(), dim=1)
+    for part in torch.as_tensor(latents).split(256):
+        near = (directions[part] @ directions.T).scatter(1, part[:, None], -2.0).topk(min(5, len(peaks) - 1))
+        for number, *nearest in zip(part.tolist(), near.indices.tolist(), near.values.tolist()):
+            own = by_latent[bounds[number]:bounds[number + 1]]
+            at, acts, random = row[own], value[own], np.random.default_rng([seed, number])
+            earlier = ends[ends <= number][-1]
+            fits = directed_cosines(starts, latent, value, peaks, at, acts)[:earlier] if earlier else at[:0]
+            best = (int(fits.argmax()), fits.max()) if fits.max(initial=0) >= 0.6 else None
+            yield {"latent": number, "share": len(at) / n, "max": peaks[number], "parent": best,
+                   "histogram": np.histogram(acts, 16, (0, peaks[number] or 1))[0].tolist(),
+                   "largest": at[np.argsort(-acts, kind="stable")[:10]].tolist(),
+                   "random": random.choice(at, min(5, len(at)), replace=False).tolist(),
+                   "mean": acts.sum() / max(1, len(at)), "nearest": [*zip(*nearest)]}, at, acts
+
+
+def directed_cosines(starts, latent, value, peaks, at, acts):
+    """``(sum a_p a / (|a_p| |a|)) min(1, max a / max a_p)`` of every latent p with the one that is on in the
+    rows ``at``, with ``acts``; all sums over these rows: (F,). Nabeshima, arXiv 2503.17547, appendix F."""
+    sizes = starts[at + 1] - starts[at]
+    of = np.repeat(starts[at] - sizes.cumsum() + sizes, sizes) + np.arange(sizes.sum())  # their entries
+    met, a_p = latent[of], value[of]
+    dot = np.bincount(met, a_p * np.repeat(acts, sizes), len(peaks))
+    lengths = np.sqrt(np.bincount(met, a_p**2, len(peaks)) * (acts @ acts))
+    return dot / np.maximum(lengths, 1e-99) * np.minimum(1, acts.max(initial=0) / np.maximum(peaks, 1e-99))
+
+
 # ----------------------------------------------- 9. the toy
 # Rows whose true features are known, and how well an SAE finds them.
 # Uses torch and, for the figures, ``evaluate``.
@@ -1328,15 +1385,17 @@ def activation_hook(module, at="output", replace=None, stop=False):
 @torch.no_grad()
 def harvest(model, module, batches, out, at="output", drop=(), dtype="float16", max_rows=None,
             on_rows=lambda done: None):
-    """Write the activations of ``module`` in ``model`` to ``out``, a ``.npy`` (rows, D); return their number.
+    """Write the activations of ``module`` in ``model`` to ``out``, X.npy (rows, D), with number of the text
+    and token id of each to X.ids.npy, int32 (rows, 2), when they are whole; return the number of rows.
     ``batches``: token ids (B, T), or dicts of what ``model`` takes by name, with "input_ids". Ids in
-    ``drop``, and what an "attention_mask" leaves out, give no row. ``out``, new, appears when it is whole."""
+    ``drop``, and what an "attention_mask" leaves out, give no row. ``out`` must be new."""
     _require(not Path(out).exists(), "out must be a new file", out)
     _require(not model.training, "model must be in evaluation mode, model.eval(): training", model.training)
     _require(dtype in ("float16", "float32"), "dtype must be float16 or float32", dtype)
-    n, header = 0, {"descr": np.dtype(dtype).str, "fortran_order": False}
-    device = next(model.parameters()).device
-    with atomic(out) as temporary, open(temporary, "wb") as file:  # a map dies on a full disk
+    n, n_texts, device = 0, 0, next(model.parameters()).device
+    with contextlib.ExitStack() as stack:
+        paths = [stack.enter_context(atomic(path)) for path in (out, Path(out).with_suffix(".ids.npy"))]
+        files = [stack.enter_context(open(path, "wb")) for path in paths]  # a map dies on a full disk
         for batch in batches:
             inputs = {"input_ids": batch} if isinstance(batch, torch.Tensor) else batch
             inputs = {name: value.to(device) for name, value in inputs.items()}
@@ -1346,17 +1405,19 @@ def harvest(model, module, batches, out, at="output", drop=(), dtype="float16", 
             shape, wanted = tuple(captured[0].shape), tuple(ids.shape)
             _require(shape[:-1] == wanted, f"module must give a vector for each of the ids {wanted}", shape)
             mask = ~torch.isin(ids, torch.tensor(list(drop), device=device, dtype=ids.dtype))
-            rows = captured[0][mask & inputs.get("attention_mask", mask).bool()].to(getattr(torch, dtype))
-            rows = rows[: None if max_rows is None else max_rows - n]
+            mask &= inputs.get("attention_mask", mask).bool()
+            rows = captured[0][mask].to(getattr(torch, dtype))[: None if max_rows is None else max_rows - n]
             _require(rows.isfinite().all(), f"activations must fit in {dtype}", "one too large, or NaN")
-            if file.tell() == 0:
-                np.lib.format.write_array_header_1_0(file, {**header, "shape": rows.shape})
-            file.write(rows.cpu().numpy().data)
-            n += len(rows)
+            tokens = torch.stack([mask.nonzero()[:, 0] + n_texts, ids[mask]], dim=1)[: len(rows)].int()
+            n, n_texts = n + len(rows), n_texts + len(ids)
+            for file, array in zip(files, (rows.cpu().numpy(), tokens.cpu().numpy())):
+                header = {"descr": array.dtype.str, "fortran_order": False, "shape": (n, array.shape[1])}
+                file.seek(0)  # numpy leaves room in the header for n to grow
+                np.lib.format.write_array_header_1_0(file, header)
+                file.seek(0, os.SEEK_END)
+                file.write(array.data)
             on_rows(n)
             if n == max_rows:
                 break
         _require(n > 0, "the batches must give at least one row, number of them", n)
-        file.seek(0)  # numpy leaves room for the first number to grow
-        np.lib.format.write_array_header_1_0(file, {**header, "shape": (n, rows.shape[1])})
     return n

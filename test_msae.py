@@ -1,6 +1,7 @@
 """Claims about msae, each against a naive oracle or a literal number. Needs no GPU and no network."""
 
 import base64
+import html.parser
 import http.server
 import importlib.util
 import itertools
@@ -16,6 +17,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import unittest.mock
 from pathlib import Path
 
@@ -117,10 +119,12 @@ def stopping_at(n, step=msae.Trainer.step):
 
 TRAIN = "train --acts acts.npy --latents 32 --k 4 --batch-size 64 --steps 80".split()
 RESUME, ENDLESS = [*TRAIN, "--out", "run", "--resume"], [*TRAIN, "--steps", "1000000", "--out", "new"]
+LOOK = "look run --acts acts.npy --out page.html --vocab vocab.json".split()
 HARVEST = "harvest --model tiny.pt --layer 2 --tokens ids.jsonl --out rows.npy".split()
 EVAL = "eval run --acts acts.npy".split()
 TOY = "toy --config toy.json --out toys".split()
 BENCH = "bench --latents 8 --d-model 8 --batch-size 8 --k 2 --steps 1".split()
+VOCABULARY = ["the", " Cat", "</script><script>alert(1)</script>", "\n", "<img src=x onerror=alert(2)>", "\0"]
 ABOUT = {"model_name": "tiny", "hook_name": "torso.1.input", "dataset": "ada/rows", "base_model": "ada/tiny"}
 
 
@@ -135,6 +139,8 @@ def good(tmp_path_factory):
         np.save("acts.npy", rows(3000).astype(np.float16))
         np.save("labels.npy", np.arange(3000) % 3 * 10)
         np.save("ids.npy", ids.astype(np.uint16))
+        np.save("acts.ids.npy", np.stack([np.arange(3000) // 30, np.arange(3000) % 7], axis=1))
+        msae.write("vocab.json", VOCABULARY)
         msae.write("ids.jsonl", b"".join(b'{"tok_ids": %a}\r\n' % row for row in ids.tolist()))
         torch.save({key: value.bfloat16() for key, value in tiny(10_000).state_dict().items()}, "tiny.pt")
         msae.write("acts.npy.json", {**ABOUT, "docs": 7})
@@ -806,7 +812,7 @@ def test_true_dictionary_is_clean_and_absorption_is_seen():
     assert [pair["rate"] for pair in msae.toy_figures(sae, tree, seed=0)["absorption"]] == [1, 0]
 
 
-def test_matryoshka_recovers_every_toy_feature_and_vanilla_absorbs():
+def test_matryoshka_recovers_every_toy_feature_and_their_tree_and_vanilla_absorbs(tmp_path):
     tree, configs = cli.toy_setup(toy_settings(steps=1500, k_anneal_steps=750), seed=0)
     saes = [msae.train(tree.sample(300_000, seed=0), cfg) for cfg in configs.values()]
     ours, vanilla = (msae.toy_figures(sae, tree, seed=1) for sae in saes)
@@ -822,6 +828,11 @@ def test_matryoshka_recovers_every_toy_feature_and_vanilla_absorbs():
     assert ours_silent < 0.01 and vanilla_silent > 0.1 and ours["prefixes"][-1]["splitting"] == 1
     assert ours["erasure"][0]["own"] > 0.49 and vanilla["erasure"][0]["own"] < 0.4
     assert ours["erasure"][0]["others"] < 0.05 > vanilla["erasure"][0]["others"]
+    cli.toy_page(tmp_path / "look.html", saes[0], tree)
+    data = page_data(tmp_path / "look.html")
+    feature = {each["latent"]: each["number"] for each in data["truth"]}
+    found = {feature[l["latent"]]: l["parent"] and feature[l["parent"][0]] for l in data["latents"]}
+    assert found == dict(enumerate(tree.parent_of)) == {f["number"]: f["parent"] for f in data["truth"]}
 
 
 def test_logistic_regression_is_at_the_minimum_of_its_formula():
@@ -962,7 +973,12 @@ def test_harvest_writes_the_rows_of_the_stream_and_no_wasted_layer(tmp_path, mon
     np.testing.assert_allclose(np.load(tmp_path / "a"), expected, rtol=1e-5, atol=1e-6)
     assert msae.harvest(*source, tmp_path / "b", "input", drop=(1, 2), max_rows=123) == 123
     half = np.load(tmp_path / "b")
-    assert half.dtype == np.float16 and half.shape == (123, 32) and len(list(tmp_path.iterdir())) == 2
+    assert half.dtype == np.float16 and half.shape == (123, 32) and len(list(tmp_path.iterdir())) == 4
+    place = ((ids != 1) & (ids != 2)).nonzero()  # text and position of each row
+    texts = torch.stack([place[:, 0], ids[place[:, 0], place[:, 1]]], dim=1)
+    for name, m in (("a", n), ("b", 123)):
+        found = np.load(tmp_path / f"{name}.ids.npy")
+        assert found.dtype == np.int32 and np.array_equal(found, texts[:m])
     np.testing.assert_allclose(half, expected[:123], rtol=1e-3, atol=1e-3)
 
 
@@ -1032,6 +1048,7 @@ def test_toy_command_writes_figures_and_picture(here):
     report = json.loads(Path("toys/toy.json").read_text())["seeds"]
     assert [each["seed"] for each in report] == [3, 4] and report[0]["matryoshka"]["features"] == 20
     assert Path("toys/toy.svg").read_text().count("<rect") == 3 * 400 + 8
+    assert len(page_data("toys/look.html")["truth"]) == 20
 
 
 def test_options_override_the_config_and_a_new_run_takes_a_new_folder(here):
@@ -1083,6 +1100,9 @@ BAD_COMMANDS = {  # beside the good options; and what the message must name
     "harvest --layer 4": "4 must be at most 3", "harvest --max-rows 0": "--max-rows",
     "harvest --out acts.npy": "acts.npy exists", "eval --labels ids.npy": "(300, 20)",
     "eval --labels acts.npy": "float16", "eval --tokens ids.jsonl --model tiny.pt --layer 2": "torso.1.input",
+    "look --acts tiny.pt": "tiny.pt", "look --ids ids.npy": "(3000, 2)", "look --ids acts.npy": "float16",
+    "look --vocab list.json": "list.json", "look --vocab canary.pt": "canary.pt", "look --ids no": "no",
+    "look --out ids.npy": "--out", "look --acts wide.npy": "of width 16, wide.npy has 4",
     "toy --config list.json": "list.json", f"toy --seed {10**30}": "--seed", "bench --k 9": "got 9",
 }
 
@@ -1091,6 +1111,7 @@ BAD_COMMANDS = {  # beside the good options; and what the message must name
 def test_a_bad_command_gets_one_line_and_leaves_no_trace(here, monkeypatch, command):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", no_hub)
     np.save("2.npy", np.full((3000, 2), 2))
+    np.save("wide.npy", rows(3000, 4))
     torch.save(Canary(), "canary.pt")
     msae.write("list.json", [1])
     msae.write("new.json", {"learning_rate": 1})
@@ -1098,7 +1119,7 @@ def test_a_bad_command_gets_one_line_and_leaves_no_trace(here, monkeypatch, comm
     shutil.copytree("run", "rubbish")
     msae.write(f"rubbish/{msae.STATE}", b"?")
     before, (name, *words) = files(), command.split()
-    good = {"train": TRAIN, "harvest": HARVEST, "eval": EVAL, "toy": TOY, "bench": BENCH}[name]
+    good = {"train": TRAIN, "harvest": HARVEST, "eval": EVAL, "toy": TOY, "bench": BENCH, "look": LOOK}[name]
     assert BAD_COMMANDS[command] in refused(*good, *words) and files() == before
 
 
@@ -1157,9 +1178,190 @@ def test_the_labels_of_some_of_many_rows_stay_beside_them(here, names):
 
 
 def test_every_help_shows_an_example_and_bench_the_step_beside_the_product():
-    for command in ("toy", "train", "harvest", "eval", "push", "bench"):
+    for command in ("toy", "train", "harvest", "eval", "look", "push", "bench"):
         assert f"python cli.py {command}" in run(command, "--help") and command in run("--help")
     assert re.search("(?s)8 . 2 spare latents.*encoder product alone.* x the product.*MiB", run(*BENCH))
+
+
+# --------------------------------------------------------------------------------------------------- look
+
+
+class Page(html.parser.HTMLParser):
+    """Checks that every element is closed in order, and keeps the text of each script."""
+    stack, scripts = (), ()
+
+    def handle_starttag(self, tag, attributes):
+        self.stack += (tag,) * (tag not in ("meta", "input"))
+
+    def handle_endtag(self, tag):
+        *self.stack, last = self.stack
+        assert last == tag
+        self.stack = tuple(self.stack)
+
+    def handle_data(self, data):
+        self.scripts += (data,) * (self.stack[-1:] == ("script",))
+
+
+def page_data(path):
+    page = Page()
+    page.feed(Path(path).read_text(encoding="utf-8"))
+    data, script = page.scripts
+    assert not page.stack and "<" not in data and len(script.splitlines()) < 120
+    return json.loads(data)
+
+
+def naive_figures(codes, ends, cosine, i):
+    a, fits = codes[:, i], {None: 0.6}
+    for p in range(max([0, *(end for end in ends if end <= i)])):
+        if codes[a > 0, p].any():
+            cos = codes[:, p] @ a / np.linalg.norm(codes[a > 0, p]) / np.linalg.norm(a)
+            fits[p] = cos * min(1, a.max() / codes[:, p].max())
+    best, bins = max(fits, key=fits.get), np.minimum(15, a * 16 // (a.max() or 1))
+    nearest = sorted(set(range(len(cosine))) - {i}, key=lambda j: -cosine[i, j])[:5]
+    return {"latent": i, "share": np.mean(a > 0), "max": a.max(), "mean": a.sum() / max(1, np.sum(a > 0)),
+            "histogram": [np.sum((a > 0) & (bins == bin)) for bin in range(16)],
+            "largest": sorted(a.nonzero()[0], key=lambda row: -a[row])[:10],
+            "nearest": pytest.approx(np.array([(j, cosine[i, j]) for j in nearest]), abs=1e-6),
+            "parent": best and pytest.approx((best, fits[best]))}
+
+
+def test_the_figures_of_latents_and_their_tree_equal_a_naive_loop():
+    g, sae = np.random.default_rng(0), msae.MatryoshkaSAE(12, 12, (3, 8, 12))
+    codes, parents = g.random((600, 12)) * (g.random((600, 12)) < 0.2), {}
+    codes[:, 11] = 0  # never on
+    for parent, child, size in ((1, 5, 1.0), (5, 9, 0.9), (0, 6, 0.3)):  # the last one too small for a child
+        codes[:, child] = np.where(g.random(600) < 0.4, size * codes[:, parent], 0)
+    codes[70] = 1e4
+    sae.W_enc.data, codes = torch.eye(12), codes.astype(np.float32).astype(float)
+    with pytest.warns(UserWarning, match="left out"):
+        starts, latent, value, far = msae.sparse_codes(sae, msae.Rows(codes).within(10))
+    assert far.nonzero()[0].tolist() == [70]
+    codes[70] = 0
+    sparse = [(row, n, codes[row, n]) for row, n in zip(*codes.nonzero())]
+    assert sparse == [*zip(np.arange(600).repeat(np.diff(starts)), latent, value)]
+    cosine = torch.nn.functional.cosine_similarity(sae.W_dec[:, None], sae.W_dec, dim=2).detach().numpy()
+    for figures, at, acts in msae.latent_figures(sae, starts, latent, value, [0, *range(3, 12)]):
+        a, random = codes[:, figures["latent"]], figures.pop("random")
+        assert np.array_equal(at, a.nonzero()[0]) and np.array_equal(acts, a[a > 0])
+        assert set(random) <= set(at) and len(set(random)) == len(random) == min(5, len(at))
+        assert figures == naive_figures(codes, sae.prefixes, cosine, figures["latent"])
+        parents[figures["latent"]] = figures["parent"] and figures["parent"][0]
+    assert [parents[i] for i in (0, 5, 6, 9, 11)] == [None, 1, None, 5, None]
+
+
+def test_the_page_shows_tokens_in_their_text_as_text(here):
+    run("look", "run", "--vocab", "vocab.json")  # the rows of training, the ids beside them
+    data, x = page_data("run/look.html"), torch.from_numpy(np.load("acts.npy")).float()
+    tokens = ["the", " Cat", VOCABULARY[2], "⏎", VOCABULARY[4], "\\u0000", "6"]  # the last by its number
+    assert data["vocab"] == tokens and data["tokens"] == np.load("acts.ids.npy")[:, 1].tolist()
+    codes = msae.MatryoshkaSAE.load("run").encode(x).detach().numpy()
+    assert [l["latent"] for l in data["latents"]] == [*range(32)] and data["ends"] == [2, 4, 8, 16, 32]
+    for l, acts in zip(data["latents"], codes.T):
+        assert l["share"] == pytest.approx(np.mean(acts > 0), rel=1e-3)
+        for context in l["largest"] + l["random"]:
+            row, start = context["row"], context["row"] // 30 * 30  # of a text of 30 rows
+            first, end = max(start, row - 10), min(start + 30, row + 6)
+            assert (context["from"], context["at"]) == (first, row - first)
+            shades = [int(c, 36) for c in context["shades"]]
+            assert shades == pytest.approx(35 * acts[first:end] / acts.max(), abs=0.51)
+            assert context["act"] == pytest.approx(acts[row], rel=1e-3)
+    shutil.copytree("run", "runs/mine")
+    Path("acts.ids.npy").unlink()
+    run("look", "--acts", "acts.npy", "--rows", 500, "--latents", 9)  # the newest checkpoint, without tokens
+    data = page_data("runs/mine/look.html")
+    assert len(data["latents"]) == 9 and data["about"].startswith("470 rows") and "tokens" not in data
+    first = data["latents"][0]["largest"][0]
+    assert first["others"] == np.argsort(-codes[first["row"]])[:len(first["others"])].tolist()
+
+
+@pytest.mark.parametrize("content, texts", [
+    (["a", "Ġb"], {0: "a", 1: " b"}), ({"▁x": 5, "": 7}, {5: " x", 7: "∅"}), ([["▁u", -1]], {0: " u"}),
+    ({"model": {"vocab": {"ĠÃ©": 1, "Ċ": 0}}, "added_tokens": [{"id": 2, "content": "<|é|>"}]},
+     {1: " é", 0: "⏎", 2: "<|é|>"})])
+def test_vocabularies_and_ids_of_every_kind(tmp_path, content, texts):
+    msae.write(tmp_path / "vocab.json", content)
+    assert cli.read_vocab(tmp_path / "vocab.json") == texts
+    for shape, fifth in (((3, 4), [1, 5]), (12, [0, 5])):
+        np.save(tmp_path / "ids.npy", np.arange(12).reshape(shape))
+        assert cli.token_ids(tmp_path / "ids.npy", "", 12)[5].tolist() == fifth
+    for name in ("ids", "two"):  # a folder of rows and what harvest writes beside them
+        np.save(tmp_path / f"{name}.npy", rows(6))
+        np.save(tmp_path / f"{name}.ids.npy", np.full((6, 2), len(name)))
+    assert len(msae.Rows(tmp_path)) == len(cli.token_ids(None, tmp_path, 12)) == 12
+
+
+@pytest.fixture
+def browser(tmp_path):
+    """A function that has headless Chromium carry out a command of its DevTools protocol, over two pipes."""
+    (commands, to), (back, replies) = os.pipe(), os.pipe()
+    switches = f"--headless --no-sandbox --remote-debugging-pipe --user-data-dir={tmp_path}/home"
+    words = ["bash", "-c", f'exec "$@" 3<&{commands} 4>&{replies}', "-", CHROMIUM, *switches.split()]
+    process = subprocess.Popen(words, pass_fds=(commands, replies), stderr=subprocess.DEVNULL)
+    os.close(replies)
+    stream, number, session = os.fdopen(back, "rb"), itertools.count(), {}
+
+    def call(method, **params):
+        message = {"id": next(number), "method": method, "params": params, **session}
+        os.write(to, json.dumps(message).encode() + b"\0")
+        while (found := json.loads(b"".join(iter(lambda: stream.read(1), b"\0")))).get("id") != message["id"]:
+            call.events.append(found["method"])
+        return found.get("result", {})
+
+    call.events = []
+    target = call("Target.createTarget", url="about:blank")["targetId"]
+    session["sessionId"] = call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+    yield call
+    process.kill()
+    process.wait()
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="needs Chromium")
+def test_in_a_browser_links_lead_on_tokens_are_found_and_foreign_text_does_nothing(here, browser):
+    def js(script):
+        found = browser("Runtime.evaluate", expression=script, awaitPromise=True)
+        assert "exceptionDetails" not in found, found
+        return found.get("result", {}).get("value")
+
+    def click(where):  # on a link; what is then shown
+        return js("new Promise(done => { onhashchange = () => done(document.querySelector('h2').innerText); "
+                  f"document.querySelector('{where}').click() }})")
+
+    tree, sae = msae.FeatureTree(toy_settings()["tree"]), msae.MatryoshkaSAE(20, 20, (3, 20))
+    order = sorted(range(20), key=lambda feature: feature not in (0, 4, 8))  # those with children first
+    sae.W_dec.data, sae.W_enc.data = tree.directions[order], tree.directions[order].T.contiguous()
+    sae.save("tree")
+    np.save("tree.npy", tree.sample(2000, 0))
+    np.save("tree.ids.npy", np.stack([np.arange(2000) // 50, np.arange(2000) % 7], axis=1))
+    run("look", "tree", "--acts", "tree.npy", "--vocab", "vocab.json")
+    for domain in ("Runtime", "Log", "Page"):
+        browser(f"{domain}.enable")
+    browser("Page.navigate", url=Path("tree/look.html").resolve().as_uri() + "#latent-17")
+    end = time.monotonic() + 60
+    while js("document.readyState + document.querySelector('h2')?.textContent") != "completeLatent 17":
+        assert time.monotonic() < end
+    number, beside = int(click("#tree .level details a").split()[1]), ".two > div:last-child .line"
+    assert number < 3 <= int(click(beside).split()[1])  # its child
+    assert click(beside) == f"Latent {number}"  # whose parent it is
+    found = js("const box = document.querySelector('#find'); box.value = 'CAT'; "
+               "box.dispatchEvent(new Event('input', {bubbles: true})); "
+               "[...document.querySelectorAll('#tree .line')].map(a => a.textContent).join('|')")
+    assert found and all(" Cat" in line for line in found.split("|"))
+    assert js("document.querySelectorAll('img, script').length") == 2
+    assert not {"Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded",
+                "Page.javascriptDialogOpening"} & {*browser.events}
+
+
+def test_a_family_of_vanilla_saes_is_trained_at_the_size_and_l0_of_each_prefix(here):
+    output = run(*TRAIN, "--family", "--out", "new")
+    for level in json.loads(Path("new/eval.json").read_text())["prefixes"]:
+        n, folder = level["latents"], Path("new", f"alone-{level['latents']}")
+        found, sae = json.loads((folder / "eval.json").read_text()), msae.MatryoshkaSAE.load(folder)
+        assert sae.prefixes == (n,) and sae.metadata["training"]["k"] == pytest.approx(level["l0"], abs=1e-3)
+        figures = [each[key] for key in ("fvu", "l0", "max_cosine") for each in (level, found)]
+        assert re.search("{} +{:.4f} +{:.4f} +{:.2f} +{:.2f} +{:.3f} +{:.3f}".format(n, *figures), output)
 
 
 # ----------------------------------------------------------------------------------- the Hub and neighbours
@@ -1248,8 +1450,10 @@ def test_push_without_arguments_load_and_the_snippets_of_the_card(hub):
     assert run("push") == f"{hub}/ada/mine\n"
     pushed = Hub.repos["ada/mine"]
     assert set(pushed) == PUSHED and pushed["config.json"] == pushed["cfg.json"]
-    assert all(pushed[name] == Path("run", name).read_bytes() for name in PUSHED & {*os.listdir("run")})
+    as_they_are = PUSHED & {*os.listdir("run")} - {"cfg.json"}
+    assert all(pushed[name] == Path("run", name).read_bytes() for name in as_they_are)
     ours, local = msae.MatryoshkaSAE.load("ada/mine"), msae.MatryoshkaSAE.load("run")
+    assert local.metadata.pop("acts").endswith("acts.npy")  # a path of this machine is not for others
     assert same(ours, local) and ours.prefixes == local.prefixes and ours.metadata == local.metadata
     card, found = pushed["README.md"].decode(), json.loads(pushed["eval-acts.json"])
     figures = "{fvu:.4f} {l0:.2f} {dead:.2%} {max_cosine:.3f} 3,000".format(**found).split()
@@ -1493,13 +1697,13 @@ ATTACKS = {  # the command that reads a damaged file; none: its options are bad
     f"run/{msae.METRICS}": RESUME, "toy.json": TOY, "ids.jsonl": HARVEST, "tiny.pt": HARVEST,
     "train.json": "train --acts acts.npy --config train.json --out new".split(),
     "ids.npy": [*HARVEST, "--tokens", "ids.npy"], "labels.npy": [*EVAL, "--labels", "labels.npy"],
-    "run/eval-acts.json": PUSH, "": None,
+    "run/eval-acts.json": PUSH, "vocab.json": LOOK, "acts.ids.npy": LOOK, "": None,
 }
 
 
 def attack(name, number):
     g = random.Random(f"{name} {number}")
-    words = list(ATTACKS[name] or g.choice((NEW, EVAL, HARVEST, TOY, PUSH, BENCH)))
+    words = list(ATTACKS[name] or g.choice((NEW, EVAL, HARVEST, TOY, PUSH, BENCH, LOOK)))
     if name:
         Path(name).write_bytes(damaged(g, Path(name).read_bytes()))
     else:
