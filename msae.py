@@ -199,7 +199,7 @@ class TrainConfig:
     prefixes: tuple | None = None  # lengths up to n_latents, or fractions up to 1; None: FRACTIONS
     n_prefixes: int | None = None  # instead: sample this many at every step (Pareto)
     pareto_power: float = 0.5  # towards 0 favours short prefixes, 1 is uniform
-    level_weights: tuple | None = None  # w_p, scaled to sum 1; None: 1/2 each but 1 for the whole (README)
+    level_weights: tuple | None = None  # w_p, scaled to sum 1; None: all equal
     order: str = "stored"  # "energy": latents are sorted by their mean square
     batch_size: int = 2048  # rows
     steps: int = 10_000
@@ -262,8 +262,7 @@ class TrainConfig:
 
     def weights(self):
         """Level weights ``w_p``, which sum to 1."""
-        n_inner = (self.n_prefixes or len(self.prefix_lengths())) - 1
-        given = self.level_weights or (0.5,) * n_inner + (1.0,)
+        given = self.level_weights or (1,) * (self.n_prefixes or len(self.prefix_lengths()))
         return (np.array(given) / (sum(given) or 1)).tolist()
 
     def lr_at(self, step):
