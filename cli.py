@@ -228,7 +228,7 @@ def svg(maps, parents, cell=13):
                 text(*place, i, 8, 900 if i in parents else 400)
             for j in range(n):
                 square(left + j * cell, 43 + i * cell, rows[i, j], true[i, j] > 0.5 and rows[i, j] < 0.1)
-    text(45 + side, bottom, "row: a feature is on, with its parent (bold); column: the latent matched to a feature")
+    text(45 + side, bottom, "row: a feature is on, with its parent (bold); column: its matched latent")
     square(54 + 2 * side, bottom - 10, 0, ring=True)
     text(160 + 2 * side, bottom, "absorbed: on, its latent silent")
     for i in range(6):
@@ -246,7 +246,7 @@ FAMILY = {"latents": "{latents:,}", "FVU inside": "{fvu:.4f}", "FVU alone": "{al
           "L0 inside": "{l0:.2f}", "L0 alone": "{alone[l0]:.2f}", "cos inside": "{max_cosine:.3f}",
           "cos alone": "{alone[max_cosine]:.3f}"}
 LEGEND = ("cosine: mean over latents of the largest with another decoder row; dead: never fire on these "
-          "rows; silent: did not on the last ones of training (dead_after)")
+          "rows; silent: did not on the last rows of training (dead_after)")
 
 
 def numbers(text):
@@ -748,8 +748,7 @@ def visible(text):
 def token_contexts(ids, texts, numbers):
     """(Tokens for the page; what gives the context of a row, with a latent's activations, from 0 to 1)."""
     used, tokens = np.unique(ids[:, 1], return_inverse=True)
-    cuts = (np.diff(ids[:, 0]) != 0) | (np.diff(numbers) != 1)
-    bounds = np.flatnonzero(np.r_[True, cuts, True])  # of texts
+    bounds = np.flatnonzero(np.r_[True, (np.diff(ids[:, 0]) != 0) | (np.diff(numbers) != 1), True])  # texts
 
     def context(row, acts):
         text = np.searchsorted(bounds, row, side="right")
