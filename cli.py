@@ -8,6 +8,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import shlex
@@ -23,7 +24,7 @@ import torch
 from click import IntRange, option
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 import msae
@@ -47,6 +48,7 @@ dtype_option = option("--dtype", help="Of the products: float32, bfloat16 or flo
 device_option = option("--device", default="cuda" if torch.cuda.is_available() else "cpu", callback=available,
                        help="Or cuda:1.")
 model_option = option("--model", "model_path", default="tiny_model.pt", help="A file, or a published name.")
+norm_option = option("--max-norm", type=click.FloatRange(1), default=10, help="As for train.")
 layer_option = option("--layer", type=IntRange(min=0), default=3, help="Stream into this block; 4: the end.")
 
 
@@ -68,6 +70,8 @@ class Commands(click.Group):
 def main():
     """Matryoshka sparse autoencoders: train, measure and share them."""
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # not a line for each try of a connection
+    warnings.showwarning = lambda message, kind, *where: kind is UserWarning and console.print(
+        message, soft_wrap=True)  # others are for developers
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal that cannot show a character shows another
     for name in {"SIGINT", "SIGTERM", "SIGHUP"} & {*dir(signal)}:  # Windows has no SIGHUP
@@ -79,16 +83,6 @@ def main():
 def read_json(path):
     with msae.reading(path, "a JSON object"):
         return dict(**json.loads(path.read_text(encoding="utf-8-sig")))  # Windows puts a byte order mark
-
-
-def read_rows(acts, max_norm):
-    """The rows within ``max_norm``, after a word on those beyond."""
-    with warnings.catch_warnings(record=True) as notes:
-        warnings.simplefilter("always")
-        rows = msae.Rows(acts).within(max_norm)
-    for note in notes:
-        console.print(note.message, soft_wrap=True)
-    return rows
 
 
 def new_config(settings, kind=msae.TrainConfig):
@@ -123,9 +117,8 @@ def show_table(title, columns, results, rows_of=list):
 def progress(label, total, text="{per_second:,.0f}/s"):
     """A live line in a terminal, else one every ten seconds; yields its callback, for a number or figures."""
     started, printed = time.monotonic(), -math.inf
-    bar = [BarColumn(bar_width=None)] if console.is_terminal and console.width > 90 else []
     done = TextColumn("{task.description} {task.completed:,}/{task.total:,}", markup=False)
-    columns = (done, *bar, TextColumn("{task.fields[figures]}"), TimeRemainingColumn())
+    columns = (done, TextColumn("{task.fields[figures]}"), TimeRemainingColumn())
 
     def show(found):
         nonlocal printed
@@ -160,15 +153,12 @@ COLOURS = ((13, 8, 42), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 
 @option("--seeds", type=IntRange(min=1), default=1, help="Number of seeds, one after the other.")
 @option("--out", type=FOLDER, default="runs/toy", help="Folder for toy.json, toy.svg and look.html.")
 def toy(config, seed, seeds, out):
-    """Show absorption, and its cure, on a tree of features.
-
-    A Matryoshka and a vanilla SAE are trained on the same rows. Files are written after each seed.
-    """
+    """Show absorption, and its cure, on a tree of features. Files are written after each seed."""
     settings, results = read_json(config), []
     torch.set_num_threads(1)  # 20 x 20 matrices: threads would only wait for each other
     for number in range(seed, seed + seeds):
         started, saes = time.perf_counter(), {}
-        tree, configs = toy_setup(settings, number)
+        tree, configs = new_config(settings, functools.partial(toy_setup, number))
         n = configs["vanilla"].steps * configs["vanilla"].batch_size
         rows = tree.sample(min(n, 2**25 // tree.d_model), number)  # at most 128 MiB
         out.mkdir(parents=True, exist_ok=True)
@@ -179,7 +169,7 @@ def toy(config, seed, seeds, out):
         results.append({"seed": number, "seconds": round(time.perf_counter() - started, 1), **figures})
         msae.write(out / "toy.json", results[0] if seeds == 1 else {"seeds": results})
         maps = pure_maps(tree, saes)
-        msae.write(out / "toy.svg", svg(maps, {parent for parent, _ in tree.pairs}).encode())
+        msae.write(out / "toy.svg", svg(maps, {*tree.parent_of}).encode())
         toy_page(out / "look.html", saes["matryoshka"], tree)
     show_table("True features recovered", RECOVERED, {name: toy_rows(name, results) for name in PUBLISHED})
     for rows in zip(*maps.values()) if console.color_system and not console.no_color else ():
@@ -187,13 +177,11 @@ def toy(config, seed, seeds, out):
     click.echo(f"wrote {out / 'toy.json'}, {out / 'toy.svg'} and {out / 'look.html'}")
 
 
-def toy_setup(settings, seed=0):
+def toy_setup(seed, /, tree, train, **size):
     """The tree and the configs {"matryoshka", "vanilla"} of settings: tree, train, d_model, norm_std."""
-    def setup(tree, train, **size):
-        tree = msae.FeatureTree(tree, seed=seed, **size)
-        cfg = msae.TrainConfig(**{"n_latents": len(tree.parent_of), **train, "seed": seed})
-        return tree, {"matryoshka": cfg, "vanilla": cfg.vanilla()}
-    return new_config(settings, kind=setup)
+    tree = msae.FeatureTree(tree, seed=seed, **size)
+    cfg = msae.TrainConfig(**{"n_latents": len(tree.parent_of), **train, "seed": seed})
+    return tree, {"matryoshka": cfg, "vanilla": cfg.vanilla()}
 
 
 def pure_maps(tree, saes):
@@ -222,8 +210,7 @@ def colour(value):
 
 
 def svg(maps, parents, cell=13):
-    """The maps as a picture: a row per input, one feature and its parents; a column per matched latent.
-    ``parents`` are in bold; a ring marks a gap, where a feature is on and its latent silent."""
+    """The maps as a picture, with the numbers of ``parents`` in bold, and a ring where a latent is silent."""
     def text(x, y, words, size=11, weight=400):
         parts.append(f'<text x="{x}" y="{y}" font-size="{size}" font-weight="{weight}">{words}</text>')
 
@@ -241,8 +228,7 @@ def svg(maps, parents, cell=13):
                 text(*place, i, 8, 900 if i in parents else 400)
             for j in range(n):
                 square(left + j * cell, 43 + i * cell, rows[i, j], true[i, j] > 0.5 and rows[i, j] < 0.1)
-    text(28 + side / 2, bottom, "row: a feature is on, with its parent (bold)")
-    text(62 + 1.5 * side, bottom, "column: the latent matched to a feature")
+    text(45 + side, bottom, "row: a feature is on, with its parent (bold); column: its matched latent")
     square(54 + 2 * side, bottom - 10, 0, ring=True)
     text(160 + 2 * side, bottom, "absorbed: on, its latent silent")
     for i in range(6):
@@ -260,7 +246,7 @@ FAMILY = {"latents": "{latents:,}", "FVU inside": "{fvu:.4f}", "FVU alone": "{al
           "L0 inside": "{l0:.2f}", "L0 alone": "{alone[l0]:.2f}", "cos inside": "{max_cosine:.3f}",
           "cos alone": "{alone[max_cosine]:.3f}"}
 LEGEND = ("cosine: mean over latents of the largest with another decoder row; dead: never fire on these "
-          "{rows:,} rows; silent: did not on the last {silent[rows]:,} training rows")
+          "rows; silent: did not on the last rows of training (dead_after)")
 
 
 def numbers(text):
@@ -294,49 +280,45 @@ def train(acts, device, out, config, spare, baseline, family, resume, save_minut
     Ctrl-C saves first; the same command with --resume goes on. With several processes, torchrun takes the
     place of python. The checkpoint keeps model_name, hook_name, dataset, base_model of acts.npy.json, if any.
     """
-    cfg, beside, figures = run_config(config, spare, options), Path(f"{Path(acts)}.json"), {}
+    cfg, beside, figures, last = run_config(config, spare, options), Path(f"{Path(acts)}.json"), {}, {}
     about = read_json(beside) if beside.is_file() else {}
     about = {key: about[key] for key in ("model_name", "hook_name", "dataset", "base_model") if key in about}
     about["acts"] = str(Path(acts).resolve())
-    several, on_cuda = "LOCAL_RANK" in os.environ, device.type == "cuda"
-    is_first = os.environ.get("RANK", "0") == "0"
+    several, is_first = "LOCAL_RANK" in os.environ, os.environ.get("RANK", "0") == "0"
     console.quiet = not is_first
-    rows, held_out = read_rows(acts, cfg.max_norm).split_off(0.1, cfg.seed)
+    rows, held_out = msae.Rows(acts).within(cfg.max_norm).split_off(0.1, cfg.seed)
     folder = out or default_folder(Path("runs", f"{Path(acts).stem}-{cfg.n_latents}"), resume, is_first)
     runs = [("matryoshka", cfg, folder), *[("vanilla", cfg.vanilla(), folder / "vanilla")] * baseline]
-    log, epochs = [], cfg.steps * cfg.batch_size / len(rows)
+    epochs = cfg.steps * cfg.batch_size / len(rows)
     try:
         console.print(f"{len(rows):,} rows of width {rows.d_model}, {len(held_out):,} more held out; "
                       f"{cfg.steps:,} steps, {epochs:,.1f} epochs; {cfg.k:g} of {cfg.n_latents:,} latents "
                       f"a row; to {folder}", soft_wrap=True)
         if resume and not (folder / msae.STATE).exists():
             console.print("nothing is saved there yet: the run starts")
-        if several and on_cuda:
+        if several and device.type == "cuda":
             torch.cuda.set_device(device)
         if several:
-            torch.distributed.init_process_group("nccl" if on_cuda else "gloo")
+            torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
         for name, own, where in runs:  # which a family makes longer
-            log.clear()
+            last.clear()
             with progress(f"{name if baseline or family else 'train'}  step", own.steps, TRAINING) as show:
                 sae = msae.train(rows, own, device=device, out=where, resume=resume, metadata=about,
-                                 on_log=lambda found: log.append(found) or show(found),
+                                 on_log=lambda found: last.update(found) or show(found),
                                  save_minutes=save_minutes)
+            found = figures[name] = msae.evaluate(sae, held_out)
+            found["remarks"] = [*msae.remarks(sae, found)]
+            if last:
+                seen = min(own.dead_after, own.steps * own.batch_size)
+                found["silent"] = {"rows": seen, "share": last["dead"]}
+                if last["dead"] > 0.1:
+                    found["remarks"].append(f"many are silent: try --lr {own.lr / 3:.1g}")
+            else:
+                console.print(f"{where} was finished before", soft_wrap=True)
             if is_first:
-                figures[name] = figures_of(sae, held_out)
-                if log:
-                    seen = min(own.dead_after, own.steps * own.batch_size)
-                    figures[name] |= {"silent": {"rows": seen, "share": log[-1]["dead"]}}
-                    if log[-1]["dead"] > 0.1:
-                        figures[name]["remarks"].append(f"many are silent: try --lr {own.lr / 3:.1g}")
-                else:
-                    console.print(f"{where} was finished before", soft_wrap=True)
-                msae.write(where / "eval.json", figures[name])
+                msae.write(where / "eval.json", found)
             if family and where == folder:
-                levels = [figures[name]["prefixes"] if is_first else None]
-                if several:
-                    torch.distributed.broadcast_object_list(levels)
-                runs += [(f"alone-{own.n_latents}", own, folder / f"alone-{own.n_latents}")
-                         for own in (alone(cfg, level) for level in levels[0])]
+                runs += [alone(cfg, level, folder) for level in found["prefixes"]]
     except (KeyboardInterrupt, SystemExit, RuntimeError) as error:
         if is_first:
             show_how_to_resume(folder, out)
@@ -350,12 +332,11 @@ def train(acts, device, out, config, spare, baseline, family, resume, save_minut
             with contextlib.suppress(OSError):  # it holds something
                 folder.rmdir()
                 folder.parent.rmdir()
-    if is_first:
-        pairs = [{"alone": figures.pop(f"alone-{level['latents']}"), **level}
-                 for level in figures["matryoshka"]["prefixes"] if family]
-        show_figures("held-out rows", FIGURES, figures)
-        if family:
-            show_table("The SAE inside against the SAE alone", FAMILY, {"": pairs})
+    pairs = [{"alone": figures.pop(f"alone-{level['latents']}"), **level}
+             for level in figures["matryoshka"]["prefixes"] if family]
+    show_figures("held-out rows", FIGURES, figures)
+    if family:
+        show_table("The SAE inside against the SAE alone", FAMILY, {"": pairs})
     console.print(f"\nsaved {folder}\nload it with  sae = msae.MatryoshkaSAE.load({str(folder)!r})\n"
                   f"measure it    python cli.py eval {folder} --acts OTHERS.npy\n"
                   f"look at it    python cli.py look {folder}\nshare it      python cli.py push {folder}",
@@ -379,12 +360,13 @@ def run_config(path, spare, options):
     return new_config(settings)
 
 
-def alone(cfg, level):
-    """The vanilla twin of a prefix with these figures: its size, its L0, a learning rate for its size."""
-    p, F = level["latents"], cfg.n_latents
-    return dataclasses.replace(
-        cfg.vanilla(), n_latents=p, n_latents_start=round((cfg.n_latents_start or F) / F * p), prefixes=(p,),
-        k=level["l0"], k_start=None, lr=cfg.lr * (F / p) ** (1 / 6))
+def alone(cfg, level, folder):
+    """Name, config and folder of the vanilla twin of a prefix with these figures: its size, L0 and rate."""
+    p, share = level["latents"], level["latents"] / cfg.n_latents
+    own = dataclasses.replace(cfg.vanilla(), n_latents=p, prefixes=(p,), k=level["l0"], k_start=None,
+                              n_latents_start=round((cfg.n_latents_start or cfg.n_latents) * share),
+                              lr=cfg.lr / share ** (1 / 6))
+    return f"alone-{p}", own, folder / f"alone-{p}"
 
 
 def default_folder(path, resume, is_first):
@@ -409,23 +391,13 @@ def show_how_to_resume(folder, out):
         click.echo(f"step {steps} is saved in {state.parent}; go on with\n  {shlex.join(words)}", err=True)
 
 
-def figures_of(sae, rows, on_rows=lambda done: None):
-    """What ``evaluate`` finds, and what there is to say of it."""
-    figures = msae.evaluate(sae, rows, on_rows=on_rows)
-    return figures | {"remarks": list(msae.remarks(sae, figures))}
-
-
 def show_figures(title, columns, results):
-    """Table, legend and remarks on what ``figures_of`` found for each name in ``results``."""
+    """Table, legend and remarks on what was found for each name in ``results``."""
     some = next(iter(results.values()))
     left_out = f", {some['left_out']:,} too far out to count" if some["left_out"] else ""
     show_table(f"{some['rows']:,} {title}{left_out}", columns, results, levels)
-    console.print(legend(some), *(f"{name}: {remark}" for name, found in results.items()
+    console.print(LEGEND, *(f"{name}: {remark}" for name, found in results.items()
                                   for remark in found["remarks"]), sep="\n", soft_wrap=True)
-
-
-def legend(found):
-    return "; ".join(text for part in LEGEND.split("; ") if (text := cell(part, found)))
 
 
 def levels(found):
@@ -456,10 +428,7 @@ def tiny_model(path, layer, device, tokens, n_most):
 
 
 def read_tokens(path, n_vocab=10_000, n_positions=256, n_most=math.inf):
-    """Ids (docs, T) of a ``.jsonl`` with {"tok_ids": [...]} a line or a ``.npy``, ``n_most`` beside DROPPED.
-
-    ``ValueError`` names a line or row without 1 to ``n_positions`` ids in [0, n_vocab), as many as others.
-    """
+    """Ids (docs, T) of a ``.npy`` or a ``.jsonl`` with {"tok_ids": [...]} a line, ``n_most`` and DROPPED."""
     docs, n, is_npy = [], 0, str(path).endswith(".npy")
     for number, line in enumerate(np.atleast_1d(msae.read_npy(path)) if is_npy else open(path, "rb"), 1):
         where = f"{path}, line {number}"
@@ -467,12 +436,10 @@ def read_tokens(path, n_vocab=10_000, n_positions=256, n_most=math.inf):
             ids = np.array(line if is_npy else json.loads(line)["tok_ids"])
             ids = ids.astype(np.int64, casting="same_kind")
             (n_ids,) = ids.shape
-        if not 0 < n_ids <= n_positions:
-            raise ValueError(f"{where}: tok_ids must be 1 to {n_positions} ids, a position each, got {n_ids}")
-        if docs and n_ids != len(docs[0]):
-            raise ValueError(f"{where}: tok_ids must be {len(docs[0])} ids as in the first, got {n_ids}")
-        if len(wrong := ids[(ids < 0) | (ids >= n_vocab)]):
-            raise ValueError(f"{where}: ids must lie in [0, {n_vocab}), got {wrong[0]}")
+        wrong, n_first = ids[(ids < 0) | (ids >= n_vocab)], len(docs[0]) if docs else n_ids
+        if len(wrong) or not 0 < n_ids == n_first <= n_positions:
+            raise ValueError(f"{where}: tok_ids must be 1 to {n_positions} ids in [0, {n_vocab}), {n_first} "
+                             f"as in the first, got {n_ids}" + (f" with {wrong[0]}" if len(wrong) else ""))
         docs.append(ids)
         n += np.isin(ids, DROPPED, invert=True).sum()
         if n >= n_most:
@@ -490,10 +457,7 @@ def read_tokens(path, n_vocab=10_000, n_positions=256, n_most=math.inf):
 @option("--dtype", type=click.Choice(["float16", "float32"]), default="float16", help="Of the rows.")
 @option("--out", type=NEW_FILE, default="acts.npy", help="A new file.")
 def harvest(model_path, layer, device, tokens, max_rows, dtype, out):
-    """Write TinyModel's activations as rows for train.
-
-    They are its residual stream, without that of the tokens [BEGIN] and [PAD].
-    """
+    """Write TinyModel's residual stream as rows for train, but for the tokens [BEGIN] and [PAD]."""
     for file in (out, out.with_suffix(".ids.npy")):
         if file.exists():
             raise FileExistsError(f"{file} exists: choose another --out")
@@ -520,17 +484,17 @@ def harvest(model_path, layer, device, tokens, max_rows, dtype, out):
 @model_option
 @layer_option
 @device_option
-@option("--max-norm", type=click.FloatRange(1), default=10, help="As for train.")
+@norm_option
 @option("--out", type=NEW_FILE, help="JSON file.  [default: eval-ACTS.json in each folder]")
 def evaluate(checkpoints, acts, labels, tokens, max_tokens, model_path, layer, device, max_norm, out):
     """Measure checkpoints on rows, prefix by prefix."""
-    rows, results = read_rows(acts, max_norm), {}
+    rows, results, saes = msae.Rows(acts).within(max_norm), {}, {}
     if labels:
         x, y, label_names = label_rows(labels, rows)
-    saes = {path: msae.MatryoshkaSAE.load(path) for path in checkpoints}
     if tokens:
         model, hooks, ids = tiny_model(model_path, layer, device, tokens, max_tokens)
-    for path, sae in saes.items():
+    for path in checkpoints:  # all of them before the first is measured
+        sae = saes[path] = msae.MatryoshkaSAE.load(path)
         if not out and Path(path).is_dir() and not os.access(path, os.W_OK):
             raise PermissionError(f"{path} is not writable: choose an --out")
         if len(sae.b_dec) != rows.d_model:
@@ -549,7 +513,8 @@ def evaluate(checkpoints, acts, labels, tokens, max_tokens, model_path, layer, d
         if labels:
             found["labels"] = {**msae.probe(sae.cpu(), x, y), "labels": label_names}
         with progress(f"{path}  row", len(rows)) as show:
-            found |= figures_of(sae.to(device), rows, show)
+            found |= msae.evaluate(sae.to(device), rows, on_rows=show)
+        found["remarks"] = [*msae.remarks(sae, found)]
         if out or Path(path).is_dir():  # not of the Hub
             file = out or Path(path, f"eval-{Path(acts).stem}.json")  # beside eval.json of the rows held out
             msae.write(file, list(results.values()) if out and len(saes) > 1 else found)
@@ -598,14 +563,15 @@ PAGE = r"""<!doctype html>
 i, small { color: color-mix(in srgb, CanvasText 65%, Canvas); font-variant-numeric: tabular-nums }
 body { height: 100vh; display: grid; grid: 1fr / minmax(20em, 28em) 1fr; font: 15px/1.5 system-ui }
 nav { display: flex; flex-direction: column; border-right: 1px solid silver; min-height: 0 }
-header { display: flex; flex-wrap: wrap; gap: .5em; padding: .8em } select { flex: 1; width: 0 }
-header > :not(select) { flex: 1 0 100% } #tree, main { overflow: auto } main { padding: .8em 1.6em }
+#tree, main { overflow: auto } main { padding: .8em 1.6em } select { min-width: 0 }
+header { display: grid; grid: auto / 1fr 1fr; gap: .5em; padding: .8em } .wide { grid-column: span 2 }
 summary { display: flex } summary::before { content: "▸"; flex: 0 0 1.3em; text-align: center }
-[open] > summary::before { rotate: 90deg } .leaf { padding-left: 1.3em } svg { width: 100%; fill: orange }
+[open] > summary::before { rotate: 90deg } .leaf { padding-left: 1.3em }
 .level > summary { position: sticky; top: 0; z-index: 1 } .line b { min-width: 2.4em }
 .level > summary, .now, .line:hover { background: var(--mark) } .on { border-bottom: 2px solid }
 .level > :not(summary) { content-visibility: auto; contain-intrinsic-height: auto 1.5em }
-details:not(.level) > :not(summary) { margin-left: .8em } svg { height: 5em; border-bottom: 1px solid }
+details:not(.level) > :not(summary) { margin-left: .8em }
+svg { width: 100%; height: 5em; fill: orange; border-bottom: 1px solid }
 .rows, .two { display: grid; grid: auto / auto 1fr; gap: .4em .9em } .two { grid: auto / 1fr 20em; gap: 2em }
 .line { display: flex; flex: 1; gap: .6em; min-width: 0; padding-right: .6em; color: inherit }
 .line > span { flex: 1; overflow: hidden; text-overflow: ellipsis; white-space: pre }
@@ -613,99 +579,94 @@ u { background: color-mix(in srgb, orange calc(var(--a) * 60%), #0000); text-dec
 u, span { unicode-bidi: isolate } .rows span { white-space: pre-wrap; overflow-wrap: anywhere }
 @media (max-width: 900px) { body, .two { display: block } #tree { max-height: 42vh } main { padding: .8em } }
 @media print { nav { display: none } body { display: block; color-scheme: light; print-color-adjust: exact } }
-</style></head><body><nav><header><a href="#"><b></b></a>
-<input type="search" id="find" placeholder="Number or token" aria-label="Number or token">
+</style></head><body><nav><header><a href="#" class=wide><b></b></a>
+<input id="find" type="search" class=wide placeholder="Number or token" aria-label="Number or token">
 <select id="level" aria-label="Level"><option>All levels</option></select>
 <select id="sort" aria-label="Order"><option>by firing share</option><option>by children</option>
-<option>by number</option></select><small></small></header><div id="tree"></div></nav><main></main>
+<option>by number</option></select><small class=wide></small></header><div id="tree"></div></nav><main></main>
 <script id="data" type="application/json">DATA</script><script type="module">
 const $ = query => document.querySelector(query), data = JSON.parse($("#data").textContent);
 const {ends, latents} = data, at = new Map(latents.map(l => [l.latent, l]));
 const levels = ends.map((end, i) => `Level ${i + 1}: latents ${ends[i - 1] ?? 0} to ${end - 1}`);
-const chosen = () => at.get(parseInt(location.hash.slice(8)));  // of #latent-123
-const group = () => Map.groupBy(latents, l => at.has(l.parent?.[0]) ? l.parent[0] : "none");
-let below = group();
-const children = l => below.get(l.latent) ?? [];
-const level = l => ends.findIndex(end => l.latent < end);
-const keys = [l => l.share, l => children(l).length, l => -l.latent];
-const percent = new Intl.NumberFormat("en", {style: "percent", maximumSignificantDigits: 2}).format;
+for (const l of latents) {
+  l.level = ends.findIndex(end => l.latent < end);
+  l.below = latents.filter(other => other.parent?.[0] === l.latent);
+}
+for (const feature of data.truth ?? []) at.get(feature.latent).name = feature.name.trim();
+const keys = [l => l.share, l => l.below.length, l => -l.latent];
+function sorted(list, key = keys[$("#sort").selectedIndex]) {
+  return list.toSorted((a, b) => key(b) - key(a) || b.share - a.share);
+}
+const percent = share => `${+(100 * share).toPrecision(2)}%`, token = i => data.vocab[data.tokens[i]];
 function make(tag, props, ...content) {  // content that is text never becomes markup
   const node = Object.assign(document.createElement(tag), props);
   node.append(...content);
   return node;
 }
 const link = (n, ...content) => make("a", at.has(n) ? {href: `#latent-${n}`} : {}, ...content);
-const token = i => data.vocab[data.tokens[i]];
 function words(c, before = 10, after = 5) {
   if (!c?.shades) return [c ? c.text ?? `row ${c.row}` : "never on in these rows"];
-  return [...c.shades].map((shade, i) => {
-    const word = make("u", {className: i === c.at ? "on" : ""}, token(c.from + i));
-    word.style.setProperty("--a", parseInt(shade, 36) / 35);
-    return shade === "0" ? token(c.from + i) : word;
-  }).slice(Math.max(0, c.at - before), c.at + after + 1);
+  const first = Math.max(0, c.at - before), shades = [...c.shades.slice(first, c.at + after + 1)];
+  return shades.map((shade, i) => make("u", {
+    className: first + i === c.at ? "on" : "", style: `--a: ${parseInt(shade, 36) / 35}`
+  }, token(c.from + first + i)));
 }
-function line(n, note) {
-  const l = at.get(n), name = data.truth?.find(feature => feature.latent === n)?.name;
-  const text = name ? [name] : l ? words(l.shown, 2, 3) : ["not on this page"];
+function line(n, note, name = at.get(n)?.name) {
+  const text = name ? [name] : at.has(n) ? words(at.get(n).shown, 2, 3) : ["not on this page"];
   const node = link(n, make("b", {}, n), make("span", {}, ...text), make("i", {}, note));
   return Object.assign(node, {className: "line"});
 }
-const nest = (own, nested) => !nested.length ? make("div", {className: "leaf"}, own)
-  : make("details", {open: latents.length < 100}, make("summary", {}, own), ...nested);
-const branch = l => nest(line(l.latent, percent(l.share)), children(l).map(branch));
-const truth = parent => (data.truth ?? []).filter(feature => feature.parent === parent).map(
-  feature => nest(line(feature.latent, `cosine ${feature.cosine.toFixed(2)}`), truth(feature.number)));
+const brief = l => line(l.latent, percent(l.share));
+const nest = (props, own, nested) => make("details", props, make("summary", {}, own), ...nested);
+function branch(l) {
+  const own = brief(l), below = sorted(l.below).map(branch);
+  return below.length ? nest({open: at.size < 100}, own, below) : make("div", {className: "leaf"}, own);
+}
 function drawTree() {
-  const key = keys[$("#sort").selectedIndex], only = $("#level").selectedIndex - 1;
-  const wanted = $("#find").value.trim().toLowerCase(), all = !wanted && only < 0;
+  const only = $("#level").selectedIndex - 1, wanted = $("#find").value.trim().toLowerCase();
   const has = c => (c.shades ? token(c.from + c.at).toLowerCase() : "").includes(wanted);
   for (const l of latents) l.shown = wanted && l.largest.find(has) || l.largest[0];
-  latents.sort((a, b) => key(b) - key(a) || b.share - a.share);
-  below = group();
-  const found = all ? below.get("none") : latents.filter(l => (only < 0 || level(l) === only)
-    && (!wanted || `${l.latent}` === wanted || l.largest.some(has)));
+  const all = !wanted && only < 0, found = sorted(latents.filter(l => all ? !at.has(l.parent?.[0])
+    : (only < 0 || l.level === only) && (!wanted || `${l.latent}` === wanted || l.largest.some(has))));
   $("small").textContent = `${found.length} ${all ? "latents, with those below them" : "found"}`;
-  $("#tree").replaceChildren(...levels.map((title, i) => {
-    const own = found.filter(l => level(l) === i).map(branch), head = make("summary", {}, title);
-    return make("details", {className: "level", open: true, hidden: !own.length}, head, ...own);
+  $("#tree").replaceChildren(...levels.flatMap((title, i) => {
+    const own = found.filter(l => l.level === i).map(branch);
+    return own.length ? [nest({className: "level", open: true}, title, own)] : [];
   }));
-  mark();
-}
-function mark() {  // the chosen latent, in the tree
-  const a = $(`#tree a[href="#latent-${chosen()?.latent}"]`);
-  $(".now")?.classList.remove("now");
-  for (let up = a; up; up = up.parentElement.closest("details")) up.open = true;
-  a?.classList.add("now");
-  a?.scrollIntoView({block: "nearest"});
+  drawMain();
 }
 const section = (title, content) =>
-  make("section", {hidden: !content.length}, make("h3", {}, title), ...content);
+  content.length ? make("section", {}, make("h3", {}, title), ...content) : "";
 const rows = (title, contexts) => section(title, [make("div", {className: "rows"}, ...contexts.flatMap(c => [
   make("i", {title: `row ${c.row}`}, c.act.toPrecision(3)),
-  make("span", {}, ...words(c), ...(c.others ?? []).flatMap(
-    n => at.get(n) === chosen() ? [] : ["  ", link(n, n)]))]))]);
+  make("span", {}, ...words(c), ...(c.others ?? []).flatMap(n => ["  ", link(n, n)]))]))]);
 function histogram(counts) {
   const bars = counts.map((n, i) => `M${i + .05} 1v-${n / Math.max(1, ...counts)}h.9V1z`).join(" ");
   return make("p", {innerHTML: `<svg viewBox="0 0 16 1" preserveAspectRatio=none><path d="${bars}"/></svg>`});
 }
 function drawMain() {
-  const l = chosen();
-  document.title = $("b").textContent = data.title;
-  $("main").replaceChildren(...l ? [make("h2", {}, `Latent ${l.latent}`), make("p", {}, levels[level(l)],
+  const l = at.get(parseInt(location.hash.slice(8))), a = $(`#tree a[href="#latent-${l?.latent}"]`);
+  $("main").replaceChildren(...l ? [make("h2", {}, `Latent ${l.latent}`), make("p", {}, levels[l.level],
       `. On in ${percent(l.share)} of the rows, largest ${l.max}, mean where on ${l.mean}.`),
     make("div", {className: "two"},
       make("div", {}, rows("Where it is largest", l.largest), rows("At random where it is on", l.random)),
       make("div", {}, section(`Activations, from 0 to ${l.max}`, [histogram(l.histogram)]),
         section("Above it, with directed cosine", l.parent ? [line(...l.parent)] : []),
-        section("Below it, with share of the rows", children(l).map(l => line(l.latent, percent(l.share)))),
+        section("Below it, with share of the rows", sorted(l.below).map(brief)),
         section("Nearest decoder rows, with cosine", l.nearest.map(near => line(...near)))))]
     : [make("h2", {}, data.title), make("p", {}, data.about, ". Choose one, or press the down key."),
-       section("The tree that there is, with the latent nearest to each feature", truth(null))]);
+       section("The tree that there is, with the cosine of the latent nearest to each feature",
+               (data.truth ?? []).map(feature => line(feature.latent, feature.cosine, feature.name)))]);
   $("main").scrollTop = 0;
+  $(".now")?.classList.remove("now");
+  for (let up = a; up; up = up.parentElement.closest("details")) up.open = true;
+  a?.classList.add("now");
+  a?.scrollIntoView({block: "nearest"});
 }
+document.title = $("b").textContent = data.title;
 $("#level").append(...levels.map(title => make("option", {}, title)));
 $("header").addEventListener("input", drawTree);
-addEventListener("hashchange", () => mark(drawMain()));
+addEventListener("hashchange", drawMain);
 addEventListener("keydown", event => {
   const step = {ArrowDown: 1, ArrowUp: -1}[event.key];
   if (!step || event.target.tagName === "SELECT") return;
@@ -714,7 +675,6 @@ addEventListener("keydown", event => {
   event.preventDefault();
 });
 drawTree();
-drawMain();
 </script></body></html>
 """
 SHAPED = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that such tokens show as they are
@@ -729,7 +689,7 @@ BYTE_OF = dict(zip(map(chr, [*SHAPED, *range(256, 324)]), [*SHAPED, *sorted({*ra
 @option("--vocab", type=OLD_FILE, help='A tokenizer.json, or JSON: [tokens] or {"token": id}.')
 @option("--rows", "n_rows", type=IntRange(min=1), default=200_000, help="Of more, read random blocks.")
 @option("--latents", "most", type=IntRange(min=1), default=4096, help="Of more, show the most frequent.")
-@option("--max-norm", type=click.FloatRange(1), default=10, help="As for train.")
+@norm_option
 @device_option
 @option("--out", type=NEW_FILE, help="A new file.  [default: look.html in the checkpoint's folder]")
 def look(checkpoint, acts, ids, vocab, n_rows, most, max_norm, device, out):
@@ -740,7 +700,7 @@ def look(checkpoint, acts, ids, vocab, n_rows, most, max_norm, device, out):
         raise FileExistsError(f"{file} exists: choose another --out")
     sae = msae.MatryoshkaSAE.load(source).to(device)
     acts = acts or str(sae.metadata.get("acts", "as --acts is missing"))
-    rows, texts = read_rows(acts, max_norm), read_vocab(vocab) if vocab else {}
+    rows, texts = msae.Rows(acts).within(max_norm), read_vocab(vocab) if vocab else {}
     if len(sae.b_dec) != rows.d_model:
         raise ValueError(f"{source} is for rows of width {len(sae.b_dec)}, {acts} has {rows.d_model}")
     ids, (rows, chosen) = token_ids(ids, acts, len(rows)), some_blocks(rows, n_rows)
@@ -788,8 +748,7 @@ def visible(text):
 def token_contexts(ids, texts, numbers):
     """(Tokens for the page; what gives the context of a row, with a latent's activations, from 0 to 1)."""
     used, tokens = np.unique(ids[:, 1], return_inverse=True)
-    cuts = (np.diff(ids[:, 0]) != 0) | (np.diff(numbers) != 1)
-    bounds = np.flatnonzero(np.r_[True, cuts, True])  # of texts
+    bounds = np.flatnonzero(np.r_[True, (np.diff(ids[:, 0]) != 0) | (np.diff(numbers) != 1), True])  # texts
 
     def context(row, acts):
         text = np.searchsorted(bounds, row, side="right")
@@ -802,11 +761,11 @@ def token_contexts(ids, texts, numbers):
 
 def write_page(file, sae, codes, numbers, context, most, **more):
     """Write the page of ``most`` latents at most, and of rows with these ``numbers`` and their ``codes``."""
-    starts, latent, value, far = codes
-    F, ends, counts = len(sae.b_enc), list(sae.prefixes), np.bincount(latent, minlength=len(sae.b_enc))
+    (starts, latent, value, far), F, ends = codes, len(sae.b_enc), list(sae.prefixes)
+    acts, latents, counts = np.zeros(len(far)), [], np.bincount(latent, minlength=F)
     shown = [level[np.argsort(-counts[level], kind="stable")[: max(1, most * len(level) // F)]]
              for level in np.split(np.arange(F), ends[:-1])]  # the same share of each level
-    shown, acts, latents = np.sort(np.concatenate(shown)), np.zeros(len(far)), []
+    shown = np.sort(np.concatenate(shown))
     context = context or (lambda row, acts: {"others": latent[starts[row] + np.argsort(
         -value[starts[row]:starts[row + 1]])[:9]].tolist()})
     with progress("look  latent", len(shown)) as show:
@@ -830,8 +789,11 @@ def toy_page(file, sae, tree):
     """The latents' tree on fresh toy rows, beside the features' tree."""
     features = tree.sample_features(20_000, torch.Generator().manual_seed(0))
     cosine, latent = (torch.nn.functional.normalize(tree.directions, dim=1) @ sae.W_dec.data.T).max(dim=1)
-    truth = [{"number": i, "name": f"feature {i}", "parent": parent, "latent": int(latent[i]),
-              "cosine": float(cosine[i])} for i, parent in enumerate(tree.parent_of)]
+    truth, depth = [], {None: -1}
+    for i, parent in enumerate(tree.parent_of):
+        depth[i] = depth[parent] + 1
+        truth.append({"number": i, "name": "    " * depth[i] + f"feature {i}", "parent": parent,
+                      "latent": int(latent[i]), "cosine": float(cosine[i])})
     texts = [f"features {', '.join(map(str, row.nonzero()[:, 0].tolist()))}" for row in features]
     write_page(file, sae, msae.sparse_codes(sae, features @ tree.directions), range(len(texts)),
                lambda row, acts: {"text": texts[row]}, len(sae.b_enc), title="The toy", truth=truth)
@@ -853,13 +815,9 @@ def newest_checkpoint():
 @device_option
 @dtype_option
 def bench(latents, d_model, batch_size, k, steps, device, dtype):
-    """Time this machine's training step.
-
-    It has the spare latents with which train starts, and is shown beside the encoder product of these alone,
-    which no SAE can do without.
-    """
-    cfg = msae.TrainConfig(latents, k, batch_size=batch_size, dtype=dtype,
-                           n_latents_start=latents + round(0.25 * latents))
+    """Time this machine's training step, beside the encoder product, which no SAE can do without."""
+    spare = round(0.25 * latents)  # as train starts with
+    cfg = msae.TrainConfig(latents, k, batch_size=batch_size, dtype=dtype, n_latents_start=latents + spare)
     trainer = msae.Trainer(cfg, d_model, device)
     x = torch.randn(batch_size, d_model, device=device) / d_model**0.5
     a, W = (t.to(getattr(torch, trainer.dtype)) for t in (x, trainer.sae.W_enc.detach()))
@@ -873,7 +831,6 @@ def bench(latents, d_model, batch_size, k, steps, device, dtype):
     pairs = [(seconds(lambda: torch.mm(a, W, out=product)), seconds(lambda: trainer.step(x)))
              for _ in range(steps + 3)]
     alone, step = np.median(pairs[3:], axis=0)  # in turn, so that drift cancels
-    spare = W.shape[1] - latents
     click.echo(f"batch {batch_size:,}, width {d_model:,}, {latents:,} + {spare:,} spare latents, "
                f"k {k:g}, {len(trainer.step_prefixes())} prefixes, {trainer.dtype} on {device}\n\n"
                f"encoder product alone  {1e3 * alone:,.1f} ms\n"
@@ -928,24 +885,20 @@ recon = sae.decode(sae.encode(torch.randn(8, {D})))
 @option("--license", default="mit", help="Of the weights, for the card.")
 @option("--dry-run", is_flag=True, help="Show what would go up, without touching the network.")
 def push(checkpoint, repo, private, token, license, dry_run, revision, create_pr, commit_message):
-    """Upload a checkpoint to the Hugging Face Hub.
-
-    CHECKPOINT (the newest in runs/, if not given) goes to REPO, with a model card.
-    """
+    """Upload CHECKPOINT (the newest in runs/, if not given) to REPO on the Hugging Face Hub, with a card."""
     folder = (checkpoint or newest_checkpoint()).resolve()
     repo = repo or folder.name
     name = repo if "/" in repo else f"YOUR_NAME/{repo}"
-    card = model_card(folder, name, license, revision)
-    paths = [folder / name for name in (msae.WEIGHTS, msae.CONFIG, msae.METRICS)] + sorted(folder.glob(EVALS))
-    files = {path.name: path.read_bytes() for path in paths if path.is_file()}
+    card, names = model_card(folder, name, license, revision), {msae.WEIGHTS, msae.CONFIG, msae.METRICS}
+    files = {path.name: path.read_bytes() for path in sorted(folder.iterdir())
+             if path.name in names or path.match(EVALS)}
     cfg = json.loads(files[msae.CONFIG])
     (cfg.get("metadata") or {}).pop("acts", None)  # a path on this machine
-    files[msae.CONFIG] = json.dumps(cfg, indent=2).encode()
-    files |= {"config.json": files[msae.CONFIG], "README.md": card.encode()}  # the Hub counts by the first
+    files[msae.CONFIG] = files["config.json"] = json.dumps(cfg, indent=2).encode()  # the Hub counts by this
+    files["README.md"] = card.encode()
     if dry_run:
         lines = "".join(f"{len(content):>13,}  {file}\n" for file, content in files.items())
-        click.echo(f"would push {folder} to {name}, in one commit:\n{lines}\n{card}")
-        return
+        return click.echo(f"would push {folder} to {name}, in one commit:\n{lines}\n{card}")
     try:
         from huggingface_hub import CommitOperationAdd, HfApi
         api = HfApi(token=token)
@@ -970,14 +923,14 @@ def model_card(folder, repo, license, revision):
             table = "\n".join(f"| {' | '.join(row)} |" for row in ([*FIGURES], ["---"] * len(FIGURES), *rows))
             of = found.get("acts", "held out from training")
             figures = (f"{table}\n\nOn {found['rows']:,} rows ({of}). FVU: squared error over variance; "
-                       f"L0: active latents per row; {legend(found)}.")
-    facts = [f"- {name}: {value}" for name, value in sae.metadata.items() if name != "acts"]
+                       f"L0: active latents per row; {LEGEND}.")
     base = sae.metadata.get("base_model")
     return CARD.format(
-        license=json.dumps(license), title=repo.split("/")[-1], figures=figures, facts="\n".join(facts),
-        F=len(sae.b_enc), D=len(sae.b_dec), p=sae.prefixes[0], prefixes=", ".join(map(str, sae.prefixes)),
-        base=f"base_model: {json.dumps(base)}\n" if base else "",
-        source=f"{repo!r}, revision={revision!r}" if revision else repr(repo))
+        license=json.dumps(license), base=f"base_model: {json.dumps(base)}\n" if base else "",
+        title=repo.split("/")[-1], F=len(sae.b_enc), D=len(sae.b_dec), p=sae.prefixes[0], figures=figures,
+        facts="\n".join(f"- {name}: {value}" for name, value in sae.metadata.items() if name != "acts"),
+        source=f"{repo!r}, revision={revision!r}" if revision else repr(repo),
+        prefixes=", ".join(map(str, sae.prefixes)))
 
 
 if __name__ == "__main__":

@@ -814,7 +814,7 @@ def test_true_dictionary_is_clean_and_absorption_is_seen():
 
 
 def test_matryoshka_recovers_every_toy_feature_and_their_tree_and_vanilla_absorbs(tmp_path):
-    tree, configs = cli.toy_setup(toy_settings(steps=1500, k_anneal_steps=750), seed=0)
+    tree, configs = cli.toy_setup(0, **toy_settings(steps=1500, k_anneal_steps=750))
     saes = [msae.train(tree.sample(300_000, seed=0), cfg) for cfg in configs.values()]
     ours, vanilla = (msae.toy_figures(sae, tree, seed=1) for sae in saes)
     assert ours["clean"] == 20 and ours["fvu"] <= 0.021 and 1.05 <= ours["l0"] <= 1.24
@@ -1009,7 +1009,8 @@ def test_a_harvest_that_fails_or_is_cut_leaves_no_file(tmp_path, error, names, o
 @pytest.mark.parametrize("line, names", [
     ("{", ""), ("[1, 2]", ""), ('{"tok_ids": 7}', ""), ('{"ids": [1]}', ""), ('{"tok_ids": "12"}', ""),
     ('{"tok_ids": [1.5, 2]}', "whole"),
-    ('{"tok_ids": [1, 50]}', "50.*got 50"), ('{"tok_ids": [-1, 5]}', "got -1"), ('{"tok_ids": []}', ""),
+    ('{"tok_ids": [1, 50]}', "50.*got 2 with 50"), ('{"tok_ids": [-1, 5]}', "got 2 with -1"),
+    ('{"tok_ids": []}', ""),
     ('{"tok_ids": [1, 2, 3]}', "2 .*got 3"), ('{"tok_ids": [%s1]}' % ("1, " * 256), "256 ids.*got 257"),
     ('{"tok_ids": [1, 99999999999999999999]}', ""), ('{"tok_ids": [[1], [2]]}', ""), ("[" * 10**5, ""),
     ("\u00ff", "")], ids=range(15))
