@@ -241,12 +241,13 @@ def svg(maps, parents, cell=13):
 
 # ------------------------------------------------------------------------------------------------------ train
 FIGURES = {"latents": "{latents:,}", "FVU": "{fvu:.4f}", "L0": "{l0:.2f}", "cosine": "{max_cosine:.3f}",
-           "dead": "{dead:.2%}", "silent": "{silent[share]:.2%}"}
+           "dead": "{dead:.2%}"}
+TRAINED = FIGURES | {"silent": "{silent[share]:.2%}"}
 FAMILY = {"latents": "{latents:,}", "FVU inside": "{fvu:.4f}", "FVU alone": "{alone[fvu]:.4f}",
           "L0 inside": "{l0:.2f}", "L0 alone": "{alone[l0]:.2f}", "cos inside": "{max_cosine:.3f}",
           "cos alone": "{alone[max_cosine]:.3f}"}
-LEGEND = ("cosine: mean over latents of the largest with another decoder row; dead: never fire on these "
-          "rows; silent: did not on the last rows of training (dead_after)")
+LEGEND = "cosine: mean of the largest with another decoder row; dead: never fire on these {rows:,} rows"
+SILENT = "; silent: did not on the last {silent[rows]:,} of training"
 
 
 def numbers(text):
@@ -334,7 +335,7 @@ def train(acts, device, out, config, spare, baseline, family, resume, save_minut
                 folder.parent.rmdir()
     pairs = [{"alone": figures.pop(f"alone-{level['latents']}"), **level}
              for level in figures["matryoshka"]["prefixes"] if family]
-    show_figures("held-out rows", FIGURES, figures)
+    show_figures("held-out rows", TRAINED, figures)
     if family:
         show_table("The SAE inside against the SAE alone", FAMILY, {"": pairs})
     console.print(f"\nsaved {folder}\nload it with  sae = msae.MatryoshkaSAE.load({str(folder)!r})\n"
@@ -396,8 +397,8 @@ def show_figures(title, columns, results):
     some = next(iter(results.values()))
     left_out = f", {some['left_out']:,} too far out to count" if some["left_out"] else ""
     show_table(f"{some['rows']:,} {title}{left_out}", columns, results, levels)
-    console.print(LEGEND, *(f"{name}: {remark}" for name, found in results.items()
-                                  for remark in found["remarks"]), sep="\n", soft_wrap=True)
+    remarks = (f"{name}: {remark}" for name, found in results.items() for remark in found["remarks"])
+    console.print(cell(LEGEND, some) + cell(SILENT, some), *remarks, sep="\n", soft_wrap=True)
 
 
 def levels(found):
@@ -919,11 +920,11 @@ def model_card(folder, repo, license, revision):
     if file := max(folder.glob(EVALS), default=None):  # eval.json, if it is there
         with msae.reading(file, "what eval writes"):
             found = json.loads(file.read_text())
-            rows = [[cell(text, row) for text in FIGURES.values()] for row in levels(found)]
-            table = "\n".join(f"| {' | '.join(row)} |" for row in ([*FIGURES], ["---"] * len(FIGURES), *rows))
+            rows = [[cell(text, row) for text in TRAINED.values()] for row in levels(found)]
+            table = "\n".join(f"| {' | '.join(row)} |" for row in ([*TRAINED], ["---"] * len(TRAINED), *rows))
             of = found.get("acts", "held out from training")
             figures = (f"{table}\n\nOn {found['rows']:,} rows ({of}). FVU: squared error over variance; "
-                       f"L0: active latents per row; {LEGEND}.")
+                       f"L0: active latents per row; {cell(LEGEND, found) + cell(SILENT, found)}.")
     base = sae.metadata.get("base_model")
     return CARD.format(
         license=json.dumps(license), base=f"base_model: {json.dumps(base)}\n" if base else "",
