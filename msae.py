@@ -305,8 +305,10 @@ class Trainer:
     def __init__(self, cfg, d_model, device="cpu", mean=0.0, scale=1.0):
         self.cfg, self.device = cfg, torch.device(device)
         self.scale = torch.as_tensor(scale).float().expand(d_model).to(self.device)
-        self.dtype = cfg.dtype or ("bfloat16" if self.device.type == "cuda" else "float32")
-        kind, low = self.device.type, self.dtype != "float32"
+        kind = self.device.type
+        old_gpu = kind == "cuda" and torch.cuda.get_device_capability(device)[0] < 8  # no bfloat16 units
+        self.dtype = cfg.dtype or ("float32" if kind != "cuda" else "float16" if old_gpu else "bfloat16")
+        low = self.dtype != "float32"
         self.autocast = torch.autocast(kind, getattr(torch, self.dtype), enabled=low)
         generator = torch.Generator().manual_seed(cfg.seed)
         self.sae = MatryoshkaSAE(d_model, cfg.latents_at(0), None, generator).to(self.device)
@@ -983,8 +985,9 @@ def evaluate(sae, rows, batch_size=4096, on_rows=lambda done: None):
     total, (largest, order) = float(variance.sum()), variance.sort(descending=True)
     _require(total > 1e-12 * float(squares.sum()), "rows must differ: the sum of their variances", total)
     n = 1 + int((largest.cumsum(0) < 0.9 * total).sum())
-    massive = {"dims": n, "share": float(largest[:n].sum() / total),
-               "fvu_of_others": mean_known(errors[order[n:]].sum() / largest[n:].sum())}
+    others = float(largest[n:].sum())
+    massive = {"dims": n, "share": 1 - others / total,
+               "fvu_of_others": float(errors[order[n:]].sum()) / others if others > 0 else None}
     prefixes = [{"latents": p, "fvu": e / total, "l0": float(share[:p].sum()),
                  "max_cosine": max_cosine(sae.W_dec[:p])} for p, e in zip(levels, error.tolist())]
     counts, edges = np.histogram(share[share > 0].log10().numpy(), bins=16, range=(-8, 0))
@@ -996,7 +999,7 @@ def evaluate(sae, rows, batch_size=4096, on_rows=lambda done: None):
 def remarks(sae, figures):
     """Sentences on what ails the ``figures`` of ``evaluate``, and where to look."""
     massive, D = figures["massive"], len(sae.b_dec)
-    if massive["dims"] <= max(1, D / 20):
+    if massive["dims"] <= max(1, D / 20) and massive["fvu_of_others"]:
         yield (f"{massive['dims']} of {D} dimensions hold {massive['share']:.0%} of the variance; FVU of the "
                f"others {massive['fvu_of_others']:.4f}")
     if not sae.threshold.any():

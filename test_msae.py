@@ -1150,6 +1150,15 @@ def test_harvest_train_and_eval_from_tokens_to_a_verdict(here):
         assert sum(found["frequencies"]["counts"]) == round(32 * (1 - found["dead"]))
 
 
+def test_one_dimension_and_one_row_are_said_in_words(here):
+    np.save("line.npy", rows(3000, 1))
+    output = run(*TRAIN, "--acts", "line.npy", "--out", "line")
+    assert "hold" not in output and json.loads(Path("line/eval.json").read_text())["massive"]["dims"] == 1
+    for name, bad in (("one", rows(1)), ("same", rows(9) * 0 + 5)):
+        np.save(f"{name}.npy", bad)
+        assert "rows must differ" in refused("eval", "run", "--acts", f"{name}.npy")
+
+
 @needs_fork
 @pytest.mark.parametrize("stream", ["closed", "full", "ascii"])
 def test_figures_are_written_whatever_becomes_of_the_terminal(here, stream):
