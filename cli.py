@@ -33,7 +33,14 @@ EVALS, DROPPED = "eval*.json", (msae.BEGIN, msae.PAD)  # eval.json, of train, an
 DATASET, PUBLISHED_TOKENS = "noanabeshima/TinyModelTokIds", ("train.jsonl", "validation.jsonl")
 OLD_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 NEW_FILE, FOLDER = click.Path(dir_okay=False, path_type=Path), click.Path(file_okay=False, path_type=Path)
-console = Console(markup=False, emoji=False, highlight=False)
+
+
+class Terminal(Console):
+    def on_broken_pipe(self):
+        raise BrokenPipeError  # rich would exit: the work is to be saved first
+
+
+console = Terminal(markup=False, emoji=False, highlight=False)
 
 
 def available(ctx, param, name):
@@ -292,11 +299,11 @@ def train(acts, device, out, config, spare, baseline, family, resume, save_minut
     runs = [("matryoshka", cfg, folder), *[("vanilla", cfg.vanilla(), folder / "vanilla")] * baseline]
     epochs = cfg.steps * cfg.batch_size / len(rows)
     try:
-        console.print(f"{len(rows):,} rows of width {rows.d_model}, {len(held_out):,} more held out; "
-                      f"{cfg.steps:,} steps, {epochs:,.1f} epochs; {cfg.k:g} of {cfg.n_latents:,} latents "
-                      f"a row; to {folder}", soft_wrap=True)
-        if resume and not (folder / msae.STATE).exists():
-            console.print("nothing is saved there yet: the run starts")
+        new = resume and not (folder / msae.STATE).exists()
+        with contextlib.suppress(OSError):  # a closed pipe
+            console.print(f"{len(rows):,} rows of width {rows.d_model}, {len(held_out):,} more held out; "
+                          f"{cfg.steps:,} steps, {epochs:,.1f} epochs; {cfg.k:g} of {cfg.n_latents:,} latents "
+                          f"a row; to {folder}{', where nothing is saved yet' * new}", soft_wrap=True)
         if several and device.type == "cuda":
             torch.cuda.set_device(device)
         if several:
@@ -316,7 +323,7 @@ def train(acts, device, out, config, spare, baseline, family, resume, save_minut
                     found["remarks"].append(f"many are silent: try --lr {own.lr / 3:.1g}")
             else:
                 console.print(f"{where} was finished before", soft_wrap=True)
-            if is_first:
+            if is_first and (last or not (where / "eval.json").exists()):
                 msae.write(where / "eval.json", found)
             if family and where == folder:
                 runs += [alone(cfg, level, folder) for level in found["prefixes"]]
@@ -364,7 +371,8 @@ def run_config(path, spare, options):
 def alone(cfg, level, folder):
     """Name, config and folder of the vanilla twin of a prefix with these figures: its size, L0 and rate."""
     p, share = level["latents"], level["latents"] / cfg.n_latents
-    own = dataclasses.replace(cfg.vanilla(), n_latents=p, prefixes=(p,), k=level["l0"], k_start=None,
+    own = dataclasses.replace(cfg.vanilla(), n_latents=p, prefixes=(p,), k_start=None,
+                              k=max(level["l0"], 1 / cfg.batch_size),
                               n_latents_start=round((cfg.n_latents_start or cfg.n_latents) * share),
                               lr=cfg.lr / share ** (1 / 6))
     return f"alone-{p}", own, folder / f"alone-{p}"
@@ -715,10 +723,11 @@ def look(checkpoint, acts, ids, vocab, n_rows, most, max_norm, device, out):
 
 def token_ids(path, acts, n):
     """(n, 2), document and token of each of ``n`` rows, by a file or harvest's beside ``acts``, or None."""
-    beside = Path(acts).glob("*.ids.npy") if Path(acts).is_dir() else [Path(acts).with_suffix(".ids.npy")]
-    if not (files := [path] if path else sorted(file for file in beside if file.exists())):
+    rows = sorted(Path(acts).glob("*.npy")) if Path(acts).is_dir() else [Path(acts)]  # in the order of Rows
+    beside = [file.with_suffix(".ids.npy") for file in rows]
+    if not (files := [path] if path else [file for file in beside if file.exists()]):
         return None
-    ids = np.concatenate([msae.read_npy(file) for file in files])
+    ids = np.concatenate([np.atleast_1d(msae.read_npy(file)) for file in files])
     if ids.dtype.kind not in "iu" or ids.shape != (n, 2) and (ids.size != n or ids.ndim > 2):
         raise ValueError(f"{files[0]} must hold whole numbers ({n}, 2), ({n},) or (docs, positions), got "
                          f"{ids.dtype} {ids.shape}")

@@ -440,7 +440,8 @@ class Trainer:
         x = x.to(self.device, torch.float32) / self.scale
         pre, dead = self.sae.pre_acts(x), self.rows_silent >= self.cfg.dead_after
         acts = pre * (pre >= batch_topk(pre, self.n_kept(len(x)))[0].min())
-        error, total = (x - self.sae.decode(acts)).pow(2).sum(), (x - x.mean(dim=0)).pow(2).sum()
+        middle = x.mean(dim=0) if len(x) > 1 else self.sae.b_dec
+        error, total = (x - self.sae.decode(acts)).pow(2).sum(), (x - middle).pow(2).sum()
         return {"fvu": float(error / total), "l0": float((acts > 0).sum() / len(x)),
                 "dead": float(dead.float().mean()), "threshold": float(self.sae.threshold[0])}
 
@@ -618,7 +619,7 @@ def train(acts, cfg, *, device="cpu", out=None, resume=False, save_minutes=10.0,
     def checkpoint():
         sae = trainer.export()
         sae.metadata.update(metadata or {})
-        if trainer.steps_done:
+        if trainer.steps_done and len(aside):
             calibrate(sae, aside, cfg.k)
         if folder:
             write_state(folder, fingerprint, trainer)
@@ -756,7 +757,7 @@ class Rows:
         self.dtype = np.dtype("f2" if all(part.dtype == "f2" for part in parts) else "f4")  # in memory
         self.d_model, self.row_bytes = D, D * self.dtype.itemsize
         self.block = min(BLOCK, max(1, BLOCK_BYTES // self.row_bytes), -(-sum(map(len, parts)) // 64))
-        self.centre, self.radius = torch.zeros(D), math.inf
+        self.centre, self.radius, self.limited = torch.zeros(D), math.inf, False
         self.blocks = [(part, start, min(start + self.block, len(part)))
                        for part in parts for start in range(0, len(part), self.block)]
 
@@ -767,9 +768,11 @@ class Rows:
         """The same rows, but those further from the median row than ``max_norm`` times the median distance,
         by a sample, are left out wherever rows are read: a few massive ones (the first tokens of many
         language models) ruin an SAE. More than 5 % are not left out. A limit set before stays."""
-        if self.radius < math.inf:
+        _require(max_norm >= 1, "max_norm must be at least 1", max_norm)
+        if self.limited:
             return self
         chosen, sample = Rows(self), self.split_off(1.0, 0)[1].read()
+        chosen.limited = True
         centre = sample.median(dim=0).values
         distance = (sample - centre).norm(dim=1)
         median = float(distance.median())
@@ -777,7 +780,7 @@ class Rows:
         few = median > 0 and far <= 0.05
         if few:
             chosen.centre, chosen.radius = centre, max_norm * median
-        if far:
+        if far and median > 0:
             warnings.warn(f"{far:.2%} of {len(sample):,} sampled rows lie over {max_norm:g} times the median "
                           f"distance from the median row, up to {distance.max() / median:,.0f} times: "
                           f"{'left out (max_norm)' if few else 'too many to leave out'}", stacklevel=3)
@@ -964,12 +967,12 @@ def evaluate(sae, rows, batch_size=4096, on_rows=lambda done: None):
     largest of a decoder row with another, all but ``dead`` by prefix too; ``massive``: how few dimensions
     hold 90 % of the variance, and the FVU of the others; ``frequencies``: how many latents fire on a share
     in [edge, next)."""
-    rows, levels, device, done = Rows(rows), sae.prefixes, sae.b_dec.device, 0
+    rows, levels, device, done, seen = Rows(rows), sae.prefixes, sae.b_dec.device, 0, 0
     sizes, error = np.diff(levels, prepend=0).tolist(), np.zeros(len(levels))
     fired = torch.zeros(len(sae.b_enc), dtype=torch.long, device=device)  # rows where each latent is on
     sums, squares, errors = torch.zeros(3, rows.d_model, dtype=torch.float64)  # by dimension
-    for x in rows.chunks(batch_size):
-        x, done = x.to(device), done + len(x)
+    for part in rows.parts(batch_size):
+        x = part.read().to(device)
         acts, recon = sae.encode(x), sae.b_dec
         fired += (acts > 0).sum(dim=0)
         for i, (block, W_dec) in enumerate(zip(acts.split(sizes, dim=1), sae.W_dec.split(sizes))):
@@ -980,10 +983,12 @@ def evaluate(sae, rows, batch_size=4096, on_rows=lambda done: None):
         offset = (x - sae.b_dec).cpu().double()  # near the mean, so that the variance does not cancel
         sums += offset.sum(dim=0)
         squares += offset.square().sum(dim=0)
-        on_rows(done)
+        done, seen = done + len(x), seen + len(part)
+        on_rows(seen)
     variance, share = squares - sums.square() / done, fired.cpu().double() / done
     total, (largest, order) = float(variance.sum()), variance.sort(descending=True)
-    _require(total > 1e-12 * float(squares.sum()), "rows must differ: the sum of their variances", total)
+    sound = total > 1e-12 * float(squares.sum()) and np.isfinite(error).all()
+    _require(sound, "rows must differ, within max_norm and 1e18: the sum of their variances", total)
     n = 1 + int((largest.cumsum(0) < 0.9 * total).sum())
     others = float(largest[n:].sum())
     massive = {"dims": n, "share": 1 - others / total,
