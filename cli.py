@@ -37,10 +37,16 @@ NEW_FILE, FOLDER = click.Path(dir_okay=False, path_type=Path), click.Path(file_o
 
 class Terminal(Console):
     def on_broken_pipe(self):
-        raise BrokenPipeError  # rich would exit: the work is to be saved first
+        raise  # what was caught: rich would exit, but the work is to be saved first
 
 
 console = Terminal(markup=False, emoji=False, highlight=False)
+
+
+def say(*words):
+    """Print what is said in passing: a closed pipe or a full disk does not end the work."""
+    with contextlib.suppress(OSError):
+        console.print(*words, soft_wrap=True)
 
 
 def available(ctx, param, name):
@@ -77,8 +83,7 @@ class Commands(click.Group):
 def main():
     """Matryoshka sparse autoencoders: train, measure and share them."""
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # not a line for each try of a connection
-    warnings.showwarning = lambda message, kind, *where: kind is UserWarning and console.print(
-        message, soft_wrap=True)  # others are for developers
+    warnings.showwarning = lambda message, kind, *where: kind is UserWarning and say(message)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal that cannot show a character shows another
     for name in {"SIGINT", "SIGTERM", "SIGHUP"} & {*dir(signal)}:  # Windows has no SIGHUP
@@ -135,8 +140,7 @@ def progress(label, total, text="{per_second:,.0f}/s"):
         lines.update(task, completed=found["step"], figures=text.format(**found))
         if not console.is_terminal and (found["step"] == total or now - printed > 10):
             printed = now
-            with contextlib.suppress(OSError):  # a closed pipe, a full disk: the work goes on, to be saved
-                console.print(*(column(lines.tasks[task]) for column in columns), soft_wrap=True)
+            say(*(column(lines.tasks[task]) for column in columns))
 
     with Progress(*columns, console=console, disable=not console.is_terminal,
                   speed_estimate_period=3600) as lines:  # reports may be rare
@@ -300,10 +304,9 @@ def train(acts, device, out, config, spare, baseline, family, resume, save_minut
     epochs = cfg.steps * cfg.batch_size / len(rows)
     try:
         new = resume and not (folder / msae.STATE).exists()
-        with contextlib.suppress(OSError):  # a closed pipe
-            console.print(f"{len(rows):,} rows of width {rows.d_model}, {len(held_out):,} more held out; "
-                          f"{cfg.steps:,} steps, {epochs:,.1f} epochs; {cfg.k:g} of {cfg.n_latents:,} latents "
-                          f"a row; to {folder}{', where nothing is saved yet' * new}", soft_wrap=True)
+        say(f"{len(rows):,} rows of width {rows.d_model}, {len(held_out):,} more held out; {cfg.steps:,} "
+            f"steps, {epochs:,.1f} epochs; {cfg.k:g} of {cfg.n_latents:,} latents a row; to {folder}"
+            f"{', where nothing is saved yet' * new}")
         if several and device.type == "cuda":
             torch.cuda.set_device(device)
         if several:
@@ -322,7 +325,7 @@ def train(acts, device, out, config, spare, baseline, family, resume, save_minut
                 if last["dead"] > 0.1:
                     found["remarks"].append(f"many are silent: try --lr {own.lr / 3:.1g}")
             else:
-                console.print(f"{where} was finished before", soft_wrap=True)
+                say(f"{where} was finished before")
             if is_first and (last or not (where / "eval.json").exists()):
                 msae.write(where / "eval.json", found)
             if family and where == folder:

@@ -1174,8 +1174,12 @@ def test_figures_are_written_whatever_becomes_of_the_terminal(here, stream, comm
             reading, writing = os.pipe()
             os.close(reading)
             os.dup2(writing if stream == "closed" else os.open("/dev/full", os.O_WRONLY), 1)
+            kept.extend([sys.stdout, sys.stderr])  # they would close what they stand for
+            sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
         typed(*command)
 
+    kept = []
+    Path("run/eval-acts.json").unlink()
     process = forked(work, "output")
     process.join()
     assert process.exitcode == (stream != "ascii") and "Traceback" not in Path("output").read_text()
