@@ -317,14 +317,8 @@ def train(acts, device, out, config, spare, baseline, family, resume, save_minut
                 sae = msae.train(rows, own, device=device, out=where, resume=resume, metadata=about,
                                  on_log=lambda found: last.update(found) or show(found),
                                  save_minutes=save_minutes)
-            found = figures[name] = msae.evaluate(sae, held_out)
-            found["remarks"] = [*msae.remarks(sae, found)]
-            if last:
-                seen = min(own.dead_after, own.steps * own.batch_size)
-                found["silent"] = {"rows": seen, "share": last["dead"]}
-                if last["dead"] > 0.1:
-                    found["remarks"].append(f"many are silent: try --lr {own.lr / 3:.1g}")
-            else:
+            found = figures[name] = figures_of(sae, held_out, own, last)
+            if not last:
                 say(f"{where} was finished before")
             if is_first and (last or not (where / "eval.json").exists()):
                 msae.write(where / "eval.json", found)
@@ -352,6 +346,17 @@ def train(acts, device, out, config, spare, baseline, family, resume, save_minut
                   f"measure it    python cli.py eval {folder} --acts OTHERS.npy\n"
                   f"look at it    python cli.py look {folder}\nshare it      python cli.py push {folder}",
                   soft_wrap=True)
+
+
+def figures_of(sae, held_out, cfg, last):
+    """Those of ``evaluate`` and, of the ``last`` step's figures, which latents were silent."""
+    found = msae.evaluate(sae, held_out)
+    if last:
+        rows = min(cfg.dead_after, cfg.steps * cfg.batch_size)
+        found["silent"] = {"rows": rows, "share": last["dead"]}
+        if last["dead"] > 0.1:
+            found["remarks"].append(f"many are silent: try --lr {cfg.lr / 3:.1g}")
+    return found
 
 
 def run_config(path, spare, options):
@@ -526,11 +531,10 @@ def evaluate(checkpoints, acts, labels, tokens, max_tokens, model_path, layer, d
             found["labels"] = {**msae.probe(sae.cpu(), x, y), "labels": label_names}
         with progress(f"{path}  row", len(rows)) as show:
             found |= msae.evaluate(sae.to(device), rows, on_rows=show)
-        found["remarks"] = [*msae.remarks(sae, found)]
         if out or Path(path).is_dir():  # not of the Hub
             file = out or Path(path, f"eval-{Path(acts).stem}.json")  # beside eval.json of the rows held out
             msae.write(file, list(results.values()) if out and len(saes) > 1 else found)
-            click.echo(f"wrote {file}")
+            say(f"wrote {file}")
     show_figures("rows", FIGURES | {"firing 1e-8 to 1": "{bars}"}, results)
     if tokens:
         title = "Cross-entropy over {tokens:,} tokens: {clean:.4f}, zeroed {zeroed:.4f}, spliced in"

@@ -628,12 +628,7 @@ def train(acts, cfg, *, device="cpu", out=None, resume=False, save_minutes=10.0,
 
     with deferred_signals() as received:
         if folder and not resume:
-            folder.mkdir(parents=True, exist_ok=True)
-            if held := [file.name for file in folder.iterdir() if file.suffix != ".tmp"]:
-                raise FileExistsError(f"{folder} holds {held[0]}: choose a new or an empty output folder")
-            need = 64 * trainer.sae.W_dec.numel()  # bytes: two weights, moments and the SAE, old and new
-            if need > (free := shutil.disk_usage(folder).free):
-                raise OSError(f"{folder} needs {need / 1e9:.2g} GB for checkpoints, {free / 1e9:.2g} free")
+            make_folder(folder, 64 * trainer.sae.W_dec.numel())  # weights, moments and the SAE, old and new
             checkpoint()
         try:
             saved = time.monotonic()
@@ -657,6 +652,15 @@ def train(acts, cfg, *, device="cpu", out=None, resume=False, save_minutes=10.0,
         if trainer.stop and not received:
             received.append(signal.SIGTERM)  # another process got it
         return checkpoint()
+
+
+def make_folder(folder, n_bytes):
+    """Make the folder of a run, which must be empty and have room for so many bytes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if held := [file.name for file in folder.iterdir() if file.suffix != ".tmp"]:
+        raise FileExistsError(f"{folder} holds {held[0]}: choose a new or an empty output folder")
+    if n_bytes > (free := shutil.disk_usage(folder).free):
+        raise OSError(f"{folder} needs {n_bytes / 1e9:.2g} GB for checkpoints, {free / 1e9:.2g} free")
 
 
 def prepare(acts, cfg, device):
@@ -840,10 +844,6 @@ class Rows:
         numbers, per_part = range(len(self.blocks)), max(1, n // self.block)
         return (self.keep(numbers[place:place + per_part]) for place in numbers[::per_part])
 
-    def chunks(self, n=4096):
-        """What ``read`` gives of each of the ``parts``."""
-        return (part.read() for part in self.parts(n))
-
     def batches(self, batch_size, seed, start=0, rank=0, world=1, device="cpu"):
         """Endless batches (batch_size, D) from number ``start`` on; each row once an epoch, in seeded order.
         Blocks are permuted, and the rows of a pool of blocks again, on the ``device``. Two pools are there: a
@@ -966,7 +966,7 @@ def evaluate(sae, rows, batch_size=4096, on_rows=lambda done: None):
     that never fire on these ``rows`` (their number, beside those ``left_out``), ``max_cosine`` mean of the
     largest of a decoder row with another, all but ``dead`` by prefix too; ``massive``: how few dimensions
     hold 90 % of the variance, and the FVU of the others; ``frequencies``: how many latents fire on a share
-    in [edge, next)."""
+    in [edge, next); ``remarks``."""
     rows, levels, device, done, seen = Rows(rows), sae.prefixes, sae.b_dec.device, 0, 0
     sizes, error = np.diff(levels, prepend=0).tolist(), np.zeros(len(levels))
     fired = torch.zeros(len(sae.b_enc), dtype=torch.long, device=device)  # rows where each latent is on
@@ -996,9 +996,10 @@ def evaluate(sae, rows, batch_size=4096, on_rows=lambda done: None):
     prefixes = [{"latents": p, "fvu": e / total, "l0": float(share[:p].sum()),
                  "max_cosine": max_cosine(sae.W_dec[:p])} for p, e in zip(levels, error.tolist())]
     counts, edges = np.histogram(share[share > 0].log10().numpy(), bins=16, range=(-8, 0))
-    return {"rows": done, "left_out": len(rows) - done, **prefixes[-1],
-            "dead": float((share == 0).double().mean()), "massive": massive, "prefixes": prefixes,
-            "frequencies": {"edges": (10.0**edges).tolist(), "counts": counts.tolist()}}
+    figures = {"rows": done, "left_out": len(rows) - done, **prefixes[-1],
+               "dead": float((share == 0).double().mean()), "massive": massive, "prefixes": prefixes,
+               "frequencies": {"edges": (10.0**edges).tolist(), "counts": counts.tolist()}}
+    return figures | {"remarks": list(remarks(sae, figures))}
 
 
 def remarks(sae, figures):

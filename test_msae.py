@@ -495,7 +495,8 @@ def test_shards_are_read_in_name_order_as_one_file_and_tensors_as_they_are(tmp_p
     for name, part in zip("bac", np.split(data, [300, 301])):
         np.save(tmp_path / f"{name}.npy", part)
     expected = np.concatenate([data[300:301], data[:300], data[301:]])
-    assert torch.equal(torch.cat(list(msae.Rows(tmp_path).chunks(77))), torch.from_numpy(expected))
+    found = torch.cat([part.read() for part in msae.Rows(tmp_path).parts(77)])
+    assert torch.equal(found, torch.from_numpy(expected))
     np.save(tmp_path / "d.npy", rows(10, 5))
     (tmp_path / "none").mkdir()
     strange = np.ma.ones((3, 4)), torch.ones(3, 4).to_sparse(), torch.ones(3, 4, device="meta")
@@ -504,7 +505,7 @@ def test_shards_are_read_in_name_order_as_one_file_and_tensors_as_they_are(tmp_p
         with pytest.raises(ValueError, match=names):
             msae.Rows(source)
     data = torch.from_numpy(data).bfloat16()
-    assert torch.equal(torch.cat(list(msae.Rows(data).chunks(77))), data.float())
+    assert torch.equal(torch.cat([part.read() for part in msae.Rows(data).parts(77)]), data.float())
 
 
 def massive(n, every=128, length=300):
@@ -524,7 +525,7 @@ def test_massive_rows_are_left_out_wherever_rows_are_read_and_counted(tmp_path, 
     median = np.median(np.linalg.norm(data - np.median(data, axis=0), axis=1))
     assert reader.radius == pytest.approx(10 * median, rel=1e-3)  # torch takes the lower of the middle two
     assert np.array_equal(reader.read(), near) and len(reader) == 12_800 and reader.within(2) is reader
-    assert np.array_equal(torch.cat(list(reader.chunks(500))), near)
+    assert np.array_equal(torch.cat([part.read() for part in reader.parts(500)]), near)
     epoch = list(itertools.islice(reader.batches(128, seed=1), 100))
     assert {tuple(row) for batch in epoch for row in batch.tolist()} == {*map(tuple, near.tolist())}
     assert all(torch.equal(batch, next(reader.batches(128, 1, start))) for start, batch in enumerate(epoch))
@@ -581,7 +582,7 @@ def test_a_file_that_shrinks_while_it_is_read_is_an_error(tmp_path, monkeypatch)
     np.save(tmp_path / "a.npy", rows(1000))
     reader = msae.Rows(tmp_path / "a.npy")
     os.truncate(tmp_path / "a.npy", 30_000)
-    for batches in (reader.chunks(100), reader.batches(100, 0)):
+    for batches in ((part.read() for part in reader.parts(100)), reader.batches(100, 0)):
         with pytest.raises(ValueError, match="a.npy must not shrink"):
             list(itertools.islice(batches, 10))
 
