@@ -92,6 +92,11 @@ def main():
             signal.signal(number, lambda number, frame: sys.exit(128 + number))
 
 
+def must_be_new(file):
+    if file and file.exists():
+        raise FileExistsError(f"{file} exists: choose another --out")
+
+
 def read_json(path):
     with msae.reading(path, "a JSON object"):
         return dict(**json.loads(path.read_text(encoding="utf-8-sig")))  # Windows puts a byte order mark
@@ -473,22 +478,27 @@ def read_tokens(path, n_vocab=10_000, n_positions=256, n_most=math.inf):
 @option("--max-rows", type=IntRange(min=1), default=30_000_000, help="Stop after this many.")
 @option("--dtype", type=click.Choice(["float16", "float32"]), default="float16", help="Of the rows.")
 @option("--out", type=NEW_FILE, default="acts.npy", help="A new file.")
-def harvest(model_path, layer, device, tokens, max_rows, dtype, out):
+@option("--resume", is_flag=True, help="Go on behind the rows that --out holds, if any.")
+def harvest(model_path, layer, device, tokens, max_rows, dtype, out, resume):
     """Write TinyModel's residual stream as rows for train, but for the tokens [BEGIN] and [PAD]."""
-    for file in (out, out.with_suffix(".ids.npy")):
-        if file.exists():
-            raise FileExistsError(f"{file} exists: choose another --out")
+    if not resume:
+        must_be_new(out)
     model, hooks, ids = tiny_model(model_path, layer, device, tokens, max_rows)
     total = min(max_rows, int(torch.isin(ids, torch.tensor(DROPPED), invert=True).sum()))
     size = total * (model.embed.weight.shape[1] * np.dtype(dtype).itemsize + 8)
-    if size > (free := shutil.disk_usage(out.parent).free):
-        raise OSError(f"{out} would take {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: lower --max-rows")
-    with progress("harvest  row", total) as show:
-        msae.harvest(model, model.layers[layer], ids.split(64), out, at="input", drop=DROPPED, dtype=dtype,
-                     max_rows=max_rows, on_rows=show)
+    room = shutil.disk_usage(out.parent).free + (out.stat().st_size if out.exists() else 0)
+    if size > room:
+        raise OSError(f"{out} would take {size / 1e9:.1f} GB, {room / 1e9:.1f} GB are free: lower --max-rows")
     base = {} if Path(model_path).exists() else {"base_model": msae.TINY_MODEL[0]}  # from the Hub
     msae.write(f"{out}.json", {"model_name": Path(model_path).name, "hook_name": hooks[layer],
                                "dataset": tokens if Path(tokens).exists() else DATASET, **base})
+    try:
+        with progress("harvest  row", total) as show:
+            msae.harvest(model, model.layers[layer], ids.split(64), out, at="input", drop=DROPPED, dtype=dtype,
+                         max_rows=max_rows, resume=resume, on_rows=show)
+    except (KeyboardInterrupt, SystemExit, OSError):
+        click.echo(f"{out} keeps the rows so far; the same command with --resume goes on", err=True)
+        raise
     click.echo(f"{total:,} rows in {out}; next:  python cli.py train --acts {out} --latents 3072")
 
 
@@ -518,8 +528,7 @@ def evaluate(checkpoints, acts, labels, tokens, max_tokens, model_path, layer, d
             raise ValueError(f"{path} is for rows of width {len(sae.b_dec)}, {acts} has {rows.d_model}")
         if tokens and (hook := sae.metadata.get("hook_name")) in hooks and hook != hooks[layer]:
             raise click.UsageError(f"--layer {layer} is not where {path} was trained, {hook}")
-    if out and out.exists():
-        raise FileExistsError(f"{out} exists: choose another --out")
+    must_be_new(out)
     for path, sae in saes.items():
         found = results[path] = {"checkpoint": path, "acts": acts}
         if tokens:  # and labels first, as they may be refused and rows may take hours

@@ -203,7 +203,7 @@ class TrainConfig:
     order: str = "stored"  # "energy": latents are sorted by their mean square
     batch_size: int = 2048  # rows
     steps: int = 10_000
-    lr: float | None = None  # Adam's peak rate; None: default_lr(...)
+    lr: float | None = None  # Adam's peak rate; None: by n_latents, batch_size and steps
     betas: tuple = (0.9, 0.999)
     warmup_steps: int | None = None  # of linear rise from 0; None: a tenth of the steps, at most 1000
     decay_fraction: float = 0.2  # of the steps, at the end, of linear fall to 0
@@ -230,8 +230,9 @@ class TrainConfig:
             numbers, least = value if isinstance(value, tuple) else (value,), LEAST.get(name, 0)
             sound = all(type(n) in (int, float) and least <= n < 2**63 for n in numbers)
             _require(sound or isinstance(value, str | None), f"{rule} in [{least}, 2^63)", repr(value))
-        if self.lr is None:
-            object.__setattr__(self, "lr", default_lr(self.n_latents, self.batch_size, self.steps))
+        if self.lr is None:  # sweeps: README
+            rate = 0.0165 * (self.batch_size / self.steps) ** 0.25 / self.n_latents ** (1 / 6)
+            object.__setattr__(self, "lr", min(0.01, rate))
         F, k_start, window = self.n_latents, self.k_start or self.k, self.prune_window
         n_prefixes, weights = self.n_prefixes or len(self.prefix_lengths()), self.weights()
         for name, ok, rule in (
@@ -284,11 +285,6 @@ class TrainConfig:
         group = max(1, min(64, spare // 10))
         left = math.ceil(spare / group * min(max((last - step) / (last - first), 0.0), 1.0))
         return self.n_latents + min(spare, left * group)
-
-
-def default_lr(n_latents, batch_size, steps):
-    """Adam's peak rate ``min(0.01, 0.0165 (batch_size / steps)^(1/4) / n_latents^(1/6))``; sweeps: README."""
-    return min(0.01, 0.0165 * (batch_size / steps) ** 0.25 / n_latents ** (1 / 6))
 
 
 # ------------------------------------------- 4. the trainer
@@ -479,14 +475,13 @@ class Trainer:
 @torch.no_grad()
 def calibrate(sae, rows, k, batch_size=2048):
     """Scale the threshold to a mean L0 of ``k`` on raw ``rows`` (n, D), to 0 where fewer are positive."""
-    n, old = round(k * len(rows)), sae.threshold if sae.threshold.all() else torch.ones_like(sae.threshold)
-    for floor in (0.5, 0.0):  # half of the old one: memory for few above it
-        ratios = (sae.pre_acts(x.to(old.device)) / old for x in rows.split(batch_size))
-        above = torch.cat([part[part > floor] for part in ratios])
-        if len(above) > n:
-            sae.threshold = old * above.topk(n + 1).values[-1]
-            return
-    sae.threshold.zero_()
+    old = sae.threshold if sae.threshold.all() else torch.ones_like(sae.threshold)
+    largest = old.new_zeros(1)  # of the ratios to the old one, as many as are to pass and one more
+    for x in rows.split(batch_size):
+        ratios = sae.pre_acts(x.to(old.device)) / old
+        largest = torch.cat([largest, ratios[ratios > largest.min()]])
+        largest = largest.topk(min(round(k * len(rows)) + 1, len(largest))).values
+    sae.threshold = old * largest[-1]
 
 
 # ------------------------------------ 5. the gradients, fast
@@ -622,7 +617,9 @@ def train(acts, cfg, *, device="cpu", out=None, resume=False, save_minutes=10.0,
         if trainer.steps_done and len(aside):
             calibrate(sae, aside, cfg.k)
         if folder:
-            write_state(folder, fingerprint, trainer)
+            with open(folder / METRICS, "ab") as log:
+                write(folder / STATE, {"fingerprint": fingerprint, "log_bytes": log.tell(),
+                                       "trainer": trainer.state_dict()})
             sae.save(folder)
         return sae
 
@@ -681,13 +678,6 @@ def prepare(acts, cfg, device):
     fingerprint = {**dataclasses.asdict(cfg), "rows": n, "processes": world,
                    "checksum of a sample of the rows": hashlib.sha256(sample.numpy()).hexdigest()[:16]}
     return Trainer(cfg, data.d_model, device, mean, scale), data, aside.read(), fingerprint
-
-
-def write_state(folder, fingerprint, trainer):
-    log_bytes = (folder / METRICS).stat().st_size if (folder / METRICS).exists() else 0
-    with atomic(folder / STATE) as temporary:
-        state = {"fingerprint": fingerprint, "log_bytes": log_bytes, "trainer": trainer.state_dict()}
-        torch.save(state, temporary)
 
 
 def read_state(folder, fingerprint, trainer):
@@ -922,27 +912,24 @@ def one_line(error):
     return f"{' '.join(str(error).split()) or type(error).__name__:.300}"
 
 
-@contextlib.contextmanager
-def atomic(path):
-    """Yield a path to write, then fsync and rename it: ``path`` is the old file or the whole new one."""
+def write(path, content):
+    """Write bytes, a state for ``torch.load`` to a .pt file, or JSON: a reader sees the old file or the new."""
     temporary = Path(path).with_name(f".{Path(path).name}.tmp")
     try:
-        yield temporary
-        with open(temporary, "rb+") as file:
+        with open(temporary, "wb") as file:
+            if isinstance(content, bytes):
+                file.write(content)
+            elif temporary.match("*.pt.tmp"):
+                torch.save(content, file)
+            else:
+                file.write(json.dumps(content, indent=2).encode())
+            file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # the latter of torch.save on a full disk
         raise OSError(f"{path} could not be written: {one_line(error)}") from None
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def write(path, content):
-    """Write bytes, or anything else as JSON; a reader sees the old file or the new one."""
-    if not isinstance(content, bytes):
-        content = json.dumps(content, indent=2).encode()
-    with atomic(path) as temporary:
-        temporary.write_bytes(content)
 
 
 def download(repo, names, revision=None, repo_type="model"):
@@ -1390,41 +1377,59 @@ def activation_hook(module, at="output", replace=None, stop=False):
 
 
 @torch.no_grad()
-def harvest(model, module, batches, out, at="output", drop=(), dtype="float16", max_rows=None,
+def harvest(model, module, batches, out, at="output", drop=(), dtype="float16", max_rows=None, resume=False,
             on_rows=lambda done: None):
     """Write the activations of ``module`` in ``model`` to ``out``, X.npy (rows, D), with number of the text
-    and token id of each to X.ids.npy, int32 (rows, 2), when they are whole; return the number of rows.
+    and token id of each to X.ids.npy, int32 (rows, 2); return the number of rows. What is written so far is
+    whole at any time; ``resume`` goes on behind it, with the same model and ``batches``.
     ``batches``: token ids (B, T), or dicts of what ``model`` takes by name, with "input_ids". Ids in
-    ``drop``, and what an "attention_mask" leaves out, give no row. ``out`` must be new."""
-    _require(not Path(out).exists(), "out must be a new file", out)
+    ``drop``, and what an "attention_mask" leaves out, give no row. ``ValueError`` where rows do not fit."""
+    _require(resume or not Path(out).exists(), "out must be a new file, or resume be set", out)
     _require(not model.training, "model must be in evaluation mode, model.eval(): training", model.training)
     _require(dtype in ("float16", "float32"), "dtype must be float16 or float32", dtype)
     n, n_texts, device = 0, 0, next(model.parameters()).device
-    with contextlib.ExitStack() as stack:
-        paths = [stack.enter_context(atomic(path)) for path in (out, Path(out).with_suffix(".ids.npy"))]
-        files = [stack.enter_context(open(path, "wb")) for path in paths]  # a map dies on a full disk
-        for batch in batches:
-            inputs = {"input_ids": batch} if isinstance(batch, torch.Tensor) else batch
-            inputs = {name: value.to(device) for name, value in inputs.items()}
-            ids = inputs["input_ids"]
-            with activation_hook(module, at, stop=True) as captured:
-                model(ids) if isinstance(batch, torch.Tensor) else model(**inputs)
-            shape, wanted = tuple(captured[0].shape), tuple(ids.shape)
-            _require(shape[:-1] == wanted, f"module must give a vector for each of the ids {wanted}", shape)
-            mask = ~torch.isin(ids, torch.tensor(list(drop), device=device, dtype=ids.dtype))
-            mask &= inputs.get("attention_mask", mask).bool()
-            rows = captured[0][mask].to(getattr(torch, dtype))[: None if max_rows is None else max_rows - n]
-            _require(rows.isfinite().all(), f"activations must fit in {dtype}", "one too large, or NaN")
-            tokens = torch.stack([mask.nonzero()[:, 0] + n_texts, ids[mask]], dim=1)[: len(rows)].int()
-            n, n_texts = n + len(rows), n_texts + len(ids)
-            for file, array in zip(files, (rows.cpu().numpy(), tokens.cpu().numpy())):
-                header = {"descr": array.dtype.str, "fortran_order": False, "shape": (n, array.shape[1])}
-                file.seek(0)  # numpy leaves room in the header for n to grow
-                np.lib.format.write_array_header_1_0(file, header)
-                file.seek(0, os.SEEK_END)
-                file.write(array.data)
-            on_rows(n)
-            if n == max_rows:
-                break
-        _require(n > 0, "the batches must give at least one row, number of them", n)
+    old = read_npy(out) if resume and Path(out).exists() else ()
+    least, max_rows = max(1, len(old)), max(len(old), max_rows or 2**62)
+    for batch in batches:
+        inputs = {"input_ids": batch} if isinstance(batch, torch.Tensor) else batch
+        inputs = {name: value.to(device) for name, value in inputs.items()}
+        ids = inputs["input_ids"]
+        mask = ~torch.isin(ids, torch.tensor(list(drop), device=device, dtype=ids.dtype))
+        mask &= inputs.get("attention_mask", mask).bool()
+        tokens = torch.stack([mask.nonzero()[:, 0] + n_texts, ids[mask]], dim=1).int()
+        n_texts += len(ids)
+        if n + len(tokens) < least:
+            n += len(tokens)
+            continue
+        with activation_hook(module, at, stop=True) as captured:
+            model(ids) if isinstance(batch, torch.Tensor) else model(**inputs)
+        shape, wanted = tuple(captured[0].shape), tuple(ids.shape)
+        _require(shape[:-1] == wanted, f"module must give a vector for each of the ids {wanted}", shape)
+        rows = captured[0][mask].to(getattr(torch, dtype))
+        _require(rows.isfinite().all(), f"activations must fit in {dtype}", "one too large, or NaN")
+        rows, tokens = rows.cpu().numpy(), tokens.cpu().numpy()
+        if n < len(old):  # the last batch there, made again
+            was, now = old[n:], rows[:len(old) - n]
+            same = was.dtype == now.dtype and np.allclose(was, now, 0.01, 0.01 * np.median(abs(now)))
+            _require(same, f"{out} must hold what is harvested now, not so from row", n)
+        new = slice(max(0, len(old) - n), max_rows - n)
+        append_rows(Path(out).with_suffix(".ids.npy"), n + new.start, tokens[new])
+        append_rows(out, n + new.start, rows[new])
+        n += len(rows[:new.stop])
+        on_rows(n)
+        if n == max_rows:
+            break
+    _require(n >= least, f"the batches must give at least {least} rows, number of them", n)
     return n
+
+
+def append_rows(path, n, rows):
+    """Put ``rows`` (m, D) behind the first ``n`` of the ``.npy`` file at ``path``, which is whole meanwhile."""
+    header = {"descr": rows.dtype.str, "fortran_order": False, "shape": (n, rows.shape[1])}
+    with open(path, "r+b" if n else "wb") as file:  # a map dies on a full disk
+        np.lib.format.write_array_header_1_0(file, header)
+        file.seek(n * rows.strides[0], os.SEEK_CUR)
+        file.write(rows.data)
+        file.flush()
+        file.seek(0)  # the header is as long as before: numpy leaves room for n to grow
+        np.lib.format.write_array_header_1_0(file, header | {"shape": (n + len(rows), rows.shape[1])})
