@@ -9,6 +9,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 import contextlib
 import dataclasses
 import functools
+import io
 import json
 import math
 import shlex
@@ -23,9 +24,12 @@ import numpy as np
 import torch
 from click import IntRange, option
 from rich import box
-from rich.console import Console
+from rich.columns import Columns
+from rich.console import Console, Group
 from rich.progress import Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.terminal_theme import DEFAULT_TERMINAL_THEME
+from rich.text import Text
 
 import msae
 
@@ -160,7 +164,7 @@ PUBLISHED = {"matryoshka": {"seed": "published", "fvu": 0.021, "l0": 1.13, "clea
 RECOVERED = {"seed": "{seed}", "FVU": "{fvu:.3f}", "L0": "{l0:.2f}", "clean": "{clean:g}/{features:g}",
              "cos": "{mean_cosine:.3f}", "min": "{min_cosine:.3f}", "absorbed": "{absorbed:.2f}"}
 TRAINING = "FVU {fvu:.3f} L0 {l0:.1f} dead {dead:.1%} {rows_per_second:,}/s"
-COLOURS = ((13, 8, 42), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164))  # dark 0 to bright 1
+SHADES = [*zip(".-+*#", ("#0d082a", "#57106e", "#bc3754", "#f98e09", "#fcffa4"))]  # 0 to 1
 
 
 @main.command(epilog="Example: python cli.py toy --seeds 10 --out runs/ten-seeds")
@@ -184,12 +188,14 @@ def toy(config, seed, seeds, out):
         figures = {name: msae.toy_figures(sae, tree, seed=number + 1_000_003) for name, sae in saes.items()}
         results.append({"seed": number, "seconds": round(time.perf_counter() - started, 1), **figures})
         msae.write(out / "toy.json", results[0] if seeds == 1 else {"seeds": results})
-        maps = pure_maps(tree, saes)
-        msae.write(out / "toy.svg", svg(maps, {*tree.parent_of}).encode())
+        maps = pure_maps(tree, saes), {*tree.parent_of}
+        paper = Console(record=True, width=6 * len(tree.parent_of) + 20, height=40, file=io.StringIO())
+        paper.print(draw(*maps, width=2))
+        svg = paper.export_svg(title="python cli.py toy", theme=DEFAULT_TERMINAL_THEME)
+        msae.write(out / "toy.svg", svg.encode())
         toy_page(out / "look.html", saes["matryoshka"], tree)
     show_table("True features recovered", RECOVERED, {name: toy_rows(name, results) for name in PUBLISHED})
-    for rows in zip(*maps.values()) if console.color_system and not console.no_color else ():
-        console.print(*("".join(f"[on {colour(a)}] [/]" for a in row) for row in rows), sep="  ", markup=True)
+    console.print(draw(*maps, width=1 + (console.width > 140)))
     click.echo(f"wrote {out / 'toy.json'}, {out / 'toy.svg'} and {out / 'look.html'}")
 
 
@@ -220,39 +226,27 @@ def toy_rows(name, results):
     return [*rows, PUBLISHED[name]]
 
 
-def colour(value):
-    stops = np.linspace(0, 1, len(COLOURS))
-    return "#" + "".join(f"{round(np.interp(value, stops, channel)):02x}" for channel in zip(*COLOURS))
+def shade(value, width, silent=False):
+    """(Signs, style) of a value from 0 to 1: a colour, or a sign where there are no colours."""
+    sign, colour = SHADES[min(4, max(0, round(4 * float(value))))]
+    ring = "o" if width == 1 else "()"
+    return (ring, f"bold #00ccff on {colour}") if silent else (sign * width, f"{colour} on {colour}")
 
 
-def svg(maps, parents, cell=13):
-    """The maps as a picture, with the numbers of ``parents`` in bold, and a ring where a latent is silent."""
-    def text(x, y, words, size=11, weight=400):
-        parts.append(f'<text x="{x}" y="{y}" font-size="{size}" font-weight="{weight}">{words}</text>')
-
-    def square(x, y, value, ring=False):
-        parts.append(f'<rect x="{x}" y="{y}" width="{cell - 1}" height="{cell - 1}" fill="{colour(value)}"'
-                     + ring * ' stroke="#0ae" stroke-width="2.5"' + "/>")
-
-    true, parts, n = maps["true features"], [], len(maps["true features"])
-    side, bottom = cell * n, cell * n + 72
-    for number, (title, rows) in enumerate(maps.items()):
-        left = 28 + number * (side + 34)
-        text(left + side / 2, 20, title.capitalize(), 14, 600)
-        for i in range(n):
-            for place in ((left - 8, 46 + (i + 0.5) * cell), (left + (i + 0.5) * cell, 37)):
-                text(*place, i, 8, 900 if i in parents else 400)
-            for j in range(n):
-                square(left + j * cell, 43 + i * cell, rows[i, j], true[i, j] > 0.5 and rows[i, j] < 0.1)
-    text(45 + side, bottom, "row: a feature is on, with its parent (bold); column: its matched latent")
-    square(54 + 2 * side, bottom - 10, 0, ring=True)
-    text(160 + 2 * side, bottom, "absorbed: on, its latent silent")
-    for i in range(6):
-        square(3 * side + cell * i, bottom - 10, i / 5)
-    text(3 * side + 6 * cell / 2, bottom + 14, "0 to 1", 8)
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {3 * side + 106} {bottom + 20}" '
-            'font-family="system-ui, sans-serif" text-anchor="middle" fill="#556">\n'
-            '<rect width="100%" height="100%" rx="8" fill="#fff"/>\n' + "\n".join(parts) + "\n</svg>\n")
+def draw(maps, parents, width):
+    """The maps beside each other, with cells of ``width`` signs and the ``parents`` in bold, and a legend."""
+    true, pictures = maps["true features"], []
+    bold = ["bold" if i in parents else "" for i in range(len(true))]
+    numbers = [(f"{i:>{width}}"[-width:] if i % 2 == 0 else " " * width, bold[i]) for i in range(len(true))]
+    for title, rows in maps.items():
+        parts = [f"   {title.capitalize():^{len(true) * width}}\n   ", *numbers]
+        for i, row in enumerate(rows):
+            cells = [shade(value, width, on > 0.5 and value < 0.1) for value, on in zip(row, true[i])]
+            parts += ["\n", (f"{i:>2} "[-3:], bold[i]), *cells]
+        pictures.append(Text.assemble(*parts))
+    legend = ("row: a feature is on, with its parent (bold); column: its latent\n", shade(0, width, True),
+              " absorbed: on, but its latent is silent; 0 ", *(shade(i / 4, width) for i in range(5)), " 1")
+    return Group(Columns(pictures, padding=(0, 3)), Text.assemble(*legend))
 
 
 # ------------------------------------------------------------------------------------------------------ train

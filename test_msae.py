@@ -20,6 +20,7 @@ import sys
 import threading
 import time
 import unittest.mock
+import xml.etree.ElementTree
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -1077,7 +1078,10 @@ def test_toy_command_writes_figures_and_picture(here):
     assert all(word in output for word in ("matryoshka", "vanilla", "published"))
     report = json.loads(Path("toys/toy.json").read_text())["seeds"]
     assert [each["seed"] for each in report] == [3, 4] and report[0]["matryoshka"]["features"] == 20
-    assert Path("toys/toy.svg").read_text().count("<rect") == 3 * 400 + 8
+    drawn = [line for line in output.splitlines() if re.match("[ 1][0-9] [#.]{20} ", line)]
+    assert len(drawn) == 20 and drawn[2].startswith(" 2 #.#....") and drawn[19].count("#") >= 1
+    picture = "".join(xml.etree.ElementTree.parse("toys/toy.svg").getroot().itertext())
+    assert all(words in picture for words in ("Vanilla", "##..", "absorbed"))
     assert len(page_data("toys/look.html")["truth"]) == 20
 
 
