@@ -39,6 +39,11 @@ OLD_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 NEW_FILE, FOLDER = click.Path(dir_okay=False, path_type=Path), click.Path(file_okay=False, path_type=Path)
 
 
+class AtLeast(click.IntRange):
+    def _describe_range(self):
+        return f"{self.min} or more"
+
+
 class Terminal(Console):
     def on_broken_pipe(self):
         raise  # what was caught: rich would exit, but the work is to be saved first
@@ -65,8 +70,8 @@ dtype_option = option("--dtype", help="Of the products: float32, bfloat16 or flo
 device_option = option("--device", default="cuda" if torch.cuda.is_available() else "cpu", callback=available,
                        help="Or cuda:1.")
 model_option = option("--model", "model_path", default="tiny_model.pt", help="A file, or a published name.")
-norm_option = option("--max-norm", type=click.FloatRange(1), default=10, help="As for train.")
-layer_option = option("--layer", type=IntRange(min=0), default=3, help="Stream into this block; 4: the end.")
+norm_option = option("--max-norm", type=float, default=10, help="As for train.")
+layer_option = option("--layer", type=AtLeast(0), default=3, help="Stream into this block; 4: the end.")
 
 
 class Commands(click.Group):
@@ -84,6 +89,7 @@ class Commands(click.Group):
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.version_option(msae.__version__, message="msae %(version)s")
 def main():
     """Matryoshka sparse autoencoders: train, measure and share them."""
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # not a line for each try of a connection
@@ -131,7 +137,9 @@ def show_table(title, columns, results, rows_of=list):
             table.add_row(name, *(cell(text, figures) for text in columns.values()))
             name = ""
         table.add_section()
+    console.width, width = max(80, console.width), console.width  # cut figures would be none
     console.print(title, table, sep="\n")
+    console.width = width
 
 
 @contextlib.contextmanager
@@ -169,8 +177,8 @@ SHADES = [*zip(".-+*#", ("#0d082a", "#57106e", "#bc3754", "#f98e09", "#fcffa4"))
 
 @main.command(epilog="Example: python cli.py toy --seeds 10 --out runs/ten-seeds")
 @option("--config", type=OLD_FILE, default=Path(__file__).with_name("toy_config.json"), help="Settings.")
-@option("--seed", type=IntRange(0, 2**62), default=0, help="First seed: of directions, rows and weights.")
-@option("--seeds", type=IntRange(min=1), default=1, help="Number of seeds, one after the other.")
+@option("--seed", type=AtLeast(0, 2**62), default=0, help="First seed: of directions, rows and weights.")
+@option("--seeds", type=AtLeast(1), default=1, help="Number of seeds, one after the other.")
 @option("--out", type=FOLDER, default="runs/toy", help="Folder for toy.json, toy.svg and look.html.")
 def toy(config, seed, seeds, out):
     """Show absorption, and its cure, on a tree of features. Files are written after each seed."""
@@ -295,43 +303,37 @@ def train(acts, device, out, config, spare, baseline, family, resume, save_minut
     about = read_json(beside) if beside.is_file() else {}
     about = {key: about[key] for key in ("model_name", "hook_name", "dataset", "base_model") if key in about}
     about["acts"] = str(Path(acts).resolve())
-    several, is_first = "LOCAL_RANK" in os.environ, os.environ.get("RANK", "0") == "0"
-    console.quiet = not is_first
+    console.quiet = not (is_first := os.environ.get("RANK", "0") == "0")
     rows, held_out = msae.Rows(acts).within(cfg.max_norm).split_off(0.1, cfg.seed)
     folder = out or default_folder(Path("runs", f"{Path(acts).stem}-{cfg.n_latents}"), resume, is_first)
     runs = [("matryoshka", cfg, folder), *[("vanilla", cfg.vanilla(), folder / "vanilla")] * baseline]
+    n_runs = len(runs) + family * len(cfg.prefix_lengths())
     epochs = cfg.steps * cfg.batch_size / len(rows)
     try:
         new = resume and not (folder / msae.STATE).exists()
         say(f"{len(rows):,} rows of width {rows.d_model}, {len(held_out):,} more held out; {cfg.steps:,} "
             f"steps, {epochs:,.1f} epochs; {cfg.k:g} of {cfg.n_latents:,} latents a row; to {folder}"
             f"{', where nothing is saved yet' * new}")
-        if several and device.type == "cuda":
-            torch.cuda.set_device(device)
-        if several:
-            torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        for name, own, where in runs:  # which a family makes longer
-            last.clear()
-            with progress(f"{name if baseline or family else 'train'}  step", own.steps, TRAINING) as show:
-                sae = msae.train(rows, own, device=device, out=where, resume=resume, metadata=about,
-                                 on_log=lambda found: last.update(found) or show(found),
-                                 save_minutes=save_minutes)
-            found = figures[name] = figures_of(sae, held_out, own, last)
-            if not last:
-                say(f"{where} was finished before")
-            if is_first and (last or not (where / "eval.json").exists()):
-                msae.write(where / "eval.json", found)
-            if family and where == folder:
-                runs += [alone(cfg, level, folder) for level in found["prefixes"]]
-    except (KeyboardInterrupt, SystemExit, RuntimeError) as error:
-        if is_first:
+        with process_group(device):
+            for number, (name, own, where) in enumerate(runs, 1):  # which a family makes longer
+                last.clear()
+                part = f"{name} {number} of {n_runs}" if n_runs > 1 else "train"
+                with progress(f"{part}  step", own.steps, TRAINING) as show:
+                    sae = msae.train(rows, own, device=device, out=where, resume=resume, metadata=about,
+                                     on_log=lambda found: last.update(found) or show(found),
+                                     save_minutes=save_minutes)
+                found = figures[name] = figures_of(sae, held_out, own, last)
+                if not last:
+                    say(f"{where} was finished before")
+                if is_first and (last or not (where / "eval.json").exists()):
+                    msae.write(where / "eval.json", found)
+                if family and where == folder:
+                    runs += [alone(cfg, level, folder) for level in found["prefixes"]]
+    except BaseException as error:
+        if is_first and (last or not isinstance(error, (ValueError, OSError))):  # it has not been refused
             show_how_to_resume(folder, out)
-        if several and isinstance(error, RuntimeError):
-            raise ConnectionError(f"this or another process is lost: {msae.one_line(error)}") from None
         raise
     finally:
-        if several and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
         if is_first and not out:
             with contextlib.suppress(OSError):  # it holds something
                 folder.rmdir()
@@ -345,6 +347,23 @@ def train(acts, device, out, config, spare, baseline, family, resume, save_minut
                   f"measure it    python cli.py eval {folder} --acts OTHERS.npy\n"
                   f"look at it    python cli.py look {folder}\nshare it      python cli.py push {folder}",
                   soft_wrap=True)
+
+
+@contextlib.contextmanager
+def process_group(device):
+    """That of torchrun, where it started this process."""
+    if "LOCAL_RANK" not in os.environ:
+        yield
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield
+    except RuntimeError as error:
+        raise RuntimeError(f"this or another process is lost: {msae.one_line(error)}") from error
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def figures_of(sae, held_out, cfg, last):
@@ -417,17 +436,15 @@ def show_figures(title, columns, results):
 
 
 def levels(found):
-    """The figures of each prefix; of the whole SAE, the last, also how many latents fire on which share."""
-    counts = found["frequencies"]["counts"]
-    bars = "".join(" ▁▂▃▄▅▆▇█"[math.ceil(8 * n / max(1, *counts))] for n in counts)
-    return [*found["prefixes"][:-1], found | {"bars": bars}]
+    """The figures of each prefix; those of the last, the whole SAE, are more."""
+    return [*found["prefixes"][:-1], found]
 
 
 # --------------------------------------------------------------------------------------- harvest and evaluate
 SPLICED = {"latents": "{latents:,}", "loss": "{spliced:.4f}", "recovered": "{recovered:.1%}"}
-PROBED = {"latents": "{latents:,}", "k=1": "{probes[0][f1]:.3f}", "2": "{probes[1][f1]:.3f}",
-          "5": "{probes[4][f1]:.3f}", "main silent": "{main_silent:.1%}", "absorbed": "{absorption:.1%}",
-          "split": "{splitting:.1f}"}
+PROBED = {"latents": "{latents:,}", "raw row": "{raw[f1]:.3f}", "k=1": "{probes[0][f1]:.3f}",
+          "2": "{probes[1][f1]:.3f}", "5": "{probes[4][f1]:.3f}", "main silent": "{main_silent:.1%}",
+          "absorbed": "{absorption:.1%}", "split": "{splitting:.1f}"}
 ERASED = {"latents": "{latents}", "own label": "{own:.3f}", "others": "{others:.3f}"}  # balanced accuracy
 
 
@@ -469,17 +486,18 @@ def read_tokens(path, n_vocab=10_000, n_positions=256, n_most=math.inf):
 @layer_option
 @device_option
 @option("--tokens", default="train.jsonl", help='Lines of {"tok_ids": [...]}, a .npy, or a published file.')
-@option("--max-rows", type=IntRange(min=1), default=30_000_000, help="Stop after this many.")
+@option("--max-rows", type=AtLeast(1), default=30_000_000, help="Stop after this many.")
 @option("--dtype", type=click.Choice(["float16", "float32"]), default="float16", help="Of the rows.")
 @option("--out", type=NEW_FILE, default="acts.npy", help="A new file.")
 @option("--resume", is_flag=True, help="Go on behind the rows that --out holds, if any.")
 def harvest(model_path, layer, device, tokens, max_rows, dtype, out, resume):
-    """Write TinyModel's residual stream as rows for train, but for the tokens [BEGIN] and [PAD]."""
+    """Write TinyModel's residual stream as rows for train. [BEGIN] and [PAD] give none."""
     if not resume:
         must_be_new(out)
     model, hooks, ids = tiny_model(model_path, layer, device, tokens, max_rows)
     total = min(max_rows, int(torch.isin(ids, torch.tensor(DROPPED), invert=True).sum()))
-    size = total * (model.embed.weight.shape[1] * np.dtype(dtype).itemsize + 8)
+    width = model.embed.weight.shape[1]
+    size = total * (width * np.dtype(dtype).itemsize + 8)
     room = shutil.disk_usage(out.parent).free + (out.stat().st_size if out.exists() else 0)
     if size > room:
         raise OSError(f"{out} would take {size / 1e9:.1f} GB, {room / 1e9:.1f} GB are free: lower --max-rows")
@@ -488,12 +506,12 @@ def harvest(model_path, layer, device, tokens, max_rows, dtype, out, resume):
                                "dataset": tokens if Path(tokens).exists() else DATASET, **base})
     try:
         with progress("harvest  row", total) as show:
-            msae.harvest(model, model.layers[layer], ids.split(64), out, at="input", drop=DROPPED, dtype=dtype,
-                         max_rows=max_rows, resume=resume, on_rows=show)
+            msae.harvest(model, model.layers[layer], ids.split(64), out, at="input", drop=DROPPED,
+                         dtype=dtype, max_rows=max_rows, resume=resume, on_rows=show)
     except (KeyboardInterrupt, SystemExit, OSError):
         click.echo(f"{out} keeps the rows so far; the same command with --resume goes on", err=True)
         raise
-    click.echo(f"{total:,} rows in {out}; next:  python cli.py train --acts {out} --latents 3072")
+    click.echo(f"{total:,} rows in {out}; next:  python cli.py train --acts {out} --latents {4 * width}")
 
 
 @main.command("eval", epilog="Example: python cli.py eval runs/acts-3072 --acts held.npy --labels labels.npy")
@@ -501,7 +519,7 @@ def harvest(model_path, layer, device, tokens, max_rows, dtype, out, resume):
 @option("--acts", required=True, help="Activations that training did not see, as for train.")
 @option("--labels", type=OLD_FILE, help="A .npy, a whole number or 0s and 1s for each row: adds probing.")
 @option("--tokens", help="Ids as for harvest: adds the loss of TinyModel with reconstructions spliced in.")
-@option("--max-tokens", type=IntRange(min=1), default=100_000, help="Use this many of --tokens.")
+@option("--max-tokens", type=AtLeast(1), default=100_000, help="Use this many of --tokens.")
 @model_option
 @layer_option
 @device_option
@@ -538,13 +556,13 @@ def evaluate(checkpoints, acts, labels, tokens, max_tokens, model_path, layer, d
             file = out or Path(path, f"eval-{Path(acts).stem}.json")  # beside eval.json of the rows held out
             msae.write(file, list(results.values()) if out and len(saes) > 1 else found)
             say(f"wrote {file}")
-    show_figures("rows", FIGURES | {"firing 1e-8 to 1": "{bars}"}, results)
+    show_figures("rows", FIGURES, results)
     if tokens:
         title = "Cross-entropy over {tokens:,} tokens: {clean:.4f}, zeroed {zeroed:.4f}, spliced in"
         show_table(title.format(**found["loss"]), SPLICED, results, lambda each: each["loss"]["prefixes"])
     if labels:
-        title = f"F1 of k-sparse probes; of all of the raw row {found['labels']['raw']['f1']:.3f}"
-        show_table(title, PROBED, results, lambda each: each["labels"]["prefixes"])
+        show_table("F1 of probes: on the raw row, on k latents", PROBED, results, lambda each: [
+            each["labels"] | level for level in each["labels"]["prefixes"]])
         show_table("Fall of accuracy by erasure", ERASED, results, lambda each: each["labels"]["erasure"])
 
 
@@ -561,6 +579,7 @@ def label_rows(path, rows, most=20_000):
     x = rows.read_all()
     near = ~rows.too_far(x)
     y = labels[chosen][near.numpy()].astype(np.int64)
+    values = np.unique(y)  # of the rows that are left
     y, names = (y == 1, range(y.shape[1])) if y.ndim == 2 else (y[:, None] == values, values)
     return x[near].float(), torch.from_numpy(y), [str(name) for name in names]
 
@@ -827,15 +846,15 @@ def newest_checkpoint():
 
 # ------------------------------------------------------------------------------------------------------ bench
 @main.command(epilog="Example: python cli.py bench --latents 24576 --steps 10")
-@option("--latents", type=IntRange(1, 2**31), default=3072, help="Number of latents F.")
-@option("--d-model", type=IntRange(1, 2**31), default=768, help="Width D of the rows.")
-@option("--batch-size", type=IntRange(1, 2**31), default=2048, help="Rows per step.")
+@option("--latents", type=AtLeast(1, 2**31), default=3072, help="Number of latents F.")
+@option("--d-model", type=AtLeast(1, 2**31), default=768, help="Width D of the rows.")
+@option("--batch-size", type=AtLeast(1, 2**31), default=2048, help="Rows per step.")
 @option("--k", type=float, default=30, help="Active latents per row.")
-@option("--steps", type=IntRange(min=1), default=20, help="Steps to time, after three to warm up.")
+@option("--steps", type=AtLeast(1), default=20, help="Steps to time, after three to warm up.")
 @device_option
 @dtype_option
 def bench(latents, d_model, batch_size, k, steps, device, dtype):
-    """Time this machine's training step, beside the encoder product, which no SAE can do without."""
+    """Time this machine's training step beside its encoder product."""
     spare = round(0.25 * latents)  # as train starts with
     cfg = msae.TrainConfig(latents, k, batch_size=batch_size, dtype=dtype, n_latents_start=latents + spare)
     trainer = msae.Trainer(cfg, d_model, device)
@@ -856,11 +875,8 @@ def bench(latents, d_model, batch_size, k, steps, device, dtype):
                f"encoder product alone  {1e3 * alone:,.1f} ms\n"
                f"training step          {1e3 * step:,.1f} ms, {step / alone:.2f} x the product\n"
                f"rows per second        {batch_size / step:,.0f}")
-    with contextlib.suppress(ImportError):  # Windows has no such module
-        import resource
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak
-        click.echo(f"peak memory            {peak / 2**20:,.0f} MiB")
+    if device.type == "cuda":
+        click.echo(f"peak memory            {torch.cuda.max_memory_allocated(device) / 2**20:,.0f} MiB")
 
 
 # ------------------------------------------------------------------------------------------------------- push
@@ -905,7 +921,7 @@ recon = sae.decode(sae.encode(torch.randn(8, {D})))
 @option("--license", default="mit", help="Of the weights, for the card.")
 @option("--dry-run", is_flag=True, help="Show what would go up, without touching the network.")
 def push(checkpoint, repo, private, token, license, dry_run, revision, create_pr, commit_message):
-    """Upload CHECKPOINT (the newest in runs/, if not given) to REPO on the Hugging Face Hub, with a card."""
+    """Upload CHECKPOINT to REPO on the Hugging Face Hub, with a card. Without one, the newest in runs/."""
     folder = (checkpoint or newest_checkpoint()).resolve()
     repo = repo or folder.name
     name = repo if "/" in repo else f"YOUR_NAME/{repo}"

@@ -39,6 +39,9 @@ import torch
 from torch import distributed, nn
 
 
+__version__ = "1.0.0"
+
+
 def _require(ok, rule, value):
     if not ok:
         raise ValueError(f"{rule}, got {value!s:.300}")
@@ -307,18 +310,18 @@ class Trainer:
         low = self.dtype != "float32"
         self.autocast = torch.autocast(kind, getattr(torch, self.dtype), enabled=low)
         generator = torch.Generator().manual_seed(cfg.seed)
-        self.sae = MatryoshkaSAE(d_model, cfg.latents_at(0), None, generator).to(self.device)
+        self.sae = MatryoshkaSAE(d_model, cfg.latents_at(0), None, generator).to(self.device, torch.float32)
         self.sae.b_dec.data += torch.as_tensor(mean).float().to(self.device) / self.scale
         eps = 1.5e-5 * cfg.k / cfg.n_latents  # near a rare latent's gradient: below it Adam takes full steps
         betas, fused = tuple(map(float, cfg.betas)), kind in ("cpu", "cuda")
         self.optimizer = torch.optim.Adam(self.sae.parameters(), 0.0, betas, eps, fused=fused)
         self.in_blocks = kind == "cpu" and not low  # that stay in the cache; else whole matrices at once
-        self.buffer = torch.empty(0, device=self.device)  # for the gradients, kept as fresh memory is slow
+        self.buffer = self.sae.b_enc.new_empty(0)  # for the gradients, kept as fresh memory is slow
         self.stop = False  # a wish to end the run; after a step of several processes, whether any has it
         self.steps_done = 0
         self.rows_silent = torch.zeros_like(self.sae.b_enc.data, dtype=torch.long)  # since each latent fired
         self.energy = torch.zeros_like(self.sae.b_enc.data)                         # running mean of acts^2
-        self.cut = torch.zeros((), device=self.device)
+        self.cut = self.energy.new_zeros(())
 
     def step(self, x):
         """Take one optimizer step on raw rows ``x`` (B, D); return the loss, a scalar on the device."""
@@ -386,7 +389,7 @@ class Trainer:
         Processes average these and the gradients first. Threshold and energy are means over about 100 and 20
         steps: L0 is to be steady, the order fresh."""
         F, world = len(self.energy), rank_and_world()[1]
-        per_latent = torch.zeros(2, F, device=self.device)  # share of active rows, mean square
+        per_latent = self.energy.new_zeros(2, F)  # share of active rows, mean square
         entries = torch.stack([(values > 0).float(), values.square()])
         per_latent.index_add_(1, index % F, entries).div_(rows)
         cut = values.min() if len(values) == self.n_kept(rows) else torch.zeros_like(loss)  # few are positive
@@ -528,7 +531,7 @@ def sparse_loss(x, values, index, prefixes, weights, W_dec, G):
     (B, P, D), F, device = G.shape, len(W_dec), x.device
     prefixes, weight_from = (torch.tensor(numbers).to(device, non_blocking=True) for numbers in (
         prefixes, [2 / B * sum(weights[p:]) for p in range(P)]))
-    K, latent = torch.minimum(weight_from, weight_from[:, None]), index % F
+    K, latent = torch.minimum(weight_from, weight_from[:, None]).to(x.dtype), index % F
     row_block = index // F * P + torch.bucketize(latent, prefixes, right=True)
     starts = torch.searchsorted(row_block, torch.arange(B * P + 1, device=device))
     # on a CPU a part at a time: 16 MiB of memory are used again, more would be fresh, which is slow
@@ -751,7 +754,7 @@ class Rows:
         self.dtype = np.dtype("f2" if all(part.dtype == "f2" for part in parts) else "f4")  # in memory
         self.d_model, self.row_bytes = D, D * self.dtype.itemsize
         self.block = min(BLOCK, max(1, BLOCK_BYTES // self.row_bytes), -(-sum(map(len, parts)) // 64))
-        self.centre, self.radius, self.limited = torch.zeros(D), math.inf, False
+        self.centre, self.radius, self.limited = torch.zeros(D).float(), math.inf, False
         self.blocks = [(part, start, min(start + self.block, len(part)))
                        for part in parts for start in range(0, len(part), self.block)]
 
@@ -819,7 +822,8 @@ class Rows:
     def too_far(self, rows):
         """Which of all its ``rows`` (n, D), on any device, are left out: (n,)."""
         size = max(1, (2**16 if rows.device.type == "cpu" else 2**26) // self.d_model)  # that stay in a cache
-        centre, distance = self.centre.to(rows.device), torch.empty(len(rows), device=rows.device)
+        centre = self.centre.to(rows.device)
+        distance = centre.new_empty(len(rows))
         for part, out in zip(rows.split(size), distance.split(size)):
             torch.linalg.vector_norm(part - centre, dim=1, out=out)
         if not distance.isfinite().all():
@@ -913,7 +917,7 @@ def one_line(error):
 
 
 def write(path, content):
-    """Write bytes, a state for ``torch.load`` to a .pt file, or JSON: a reader sees the old file or the new."""
+    """Write bytes, what ``torch.load`` reads (.pt), or JSON; a reader sees the old file or the new one."""
     temporary = Path(path).with_name(f".{Path(path).name}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -1424,7 +1428,7 @@ def harvest(model, module, batches, out, at="output", drop=(), dtype="float16", 
 
 
 def append_rows(path, n, rows):
-    """Put ``rows`` (m, D) behind the first ``n`` of the ``.npy`` file at ``path``, which is whole meanwhile."""
+    """Put ``rows`` (m, D) behind the first ``n`` of the ``.npy`` at ``path``, which is whole meanwhile."""
     header = {"descr": rows.dtype.str, "fortran_order": False, "shape": (n, rows.shape[1])}
     with open(path, "r+b" if n else "wb") as file:  # a map dies on a full disk
         np.lib.format.write_array_header_1_0(file, header)
