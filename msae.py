@@ -769,18 +769,15 @@ class Rows:
         if self.limited:
             return self
         chosen, sample = Rows(self), self.split_off(1.0, 0)[1].read()
-        chosen.limited = True
-        centre = sample.median(dim=0).values
-        distance = (sample - centre).norm(dim=1)
+        chosen.limited, chosen.centre = True, sample.median(dim=0).values
+        distance = (sample - chosen.centre).norm(dim=1)
         median = float(distance.median())
         far = float((distance > max_norm * median).float().mean())
-        few = median > 0 and far <= 0.05
-        if few:
-            chosen.centre, chosen.radius = centre, max_norm * median
+        chosen.radius = max_norm * median if median > 0 and far <= 0.05 else math.inf
         if far and median > 0:
             warnings.warn(f"{far:.2%} of {len(sample):,} sampled rows lie over {max_norm:g} times the median "
                           f"distance from the median row, up to {distance.max() / median:,.0f} times: "
-                          f"{'left out (max_norm)' if few else 'too many to leave out'}", stacklevel=3)
+                          f"{'left out (max_norm)' if far <= 0.05 else 'too many to leave out'}", stacklevel=3)
         return chosen
 
     def keep(self, numbers):
@@ -829,8 +826,8 @@ class Rows:
         if not distance.isfinite().all():
             for part, start, stop in self.blocks:  # of large numbers only the squares are not finite
                 finite, rows = rows[:stop - start].isfinite().all(dim=1), rows[stop - start:]
-                rule = f"{getattr(part, 'filename', 'the array')} must be finite as float32, row"
-                _require(finite.all(), f"{rule} {start + int(finite.int().argmin())}", "NaN or infinity")
+                where = f"{getattr(part, 'filename', 'the array')}, row {start + int(finite.int().argmin())},"
+                _require(finite.all(), f"{where} must be finite as float32", "NaN or infinity")
         return distance > self.radius
 
     def parts(self, n=4096):
