@@ -731,7 +731,7 @@ BYTE_OF = dict(zip(map(chr, [*SHAPED, *range(256, 324)]), [*SHAPED, *sorted({*ra
 @device_option
 @option("--out", type=NEW_FILE, help="A new file.  [default: look.html in the checkpoint's folder]")
 def look(checkpoint, acts, ids, vocab, n_rows, most, max_norm, device, out):
-    """A page of the latents of CHECKPOINT (or the newest in runs/) as a tree, and of where each is on."""
+    """Write a page of the latents of CHECKPOINT as a tree. Without one, of the newest in runs/."""
     source = checkpoint or newest_checkpoint()
     file = out or Path(source if Path(source).is_dir() else "", "look.html")
     if file.exists() and (out or not Path(source).is_dir()):

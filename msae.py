@@ -777,7 +777,8 @@ class Rows:
         if far and median > 0:
             warnings.warn(f"{far:.2%} of {len(sample):,} sampled rows lie over {max_norm:g} times the median "
                           f"distance from the median row, up to {distance.max() / median:,.0f} times: "
-                          f"{'left out (max_norm)' if far <= 0.05 else 'too many to leave out'}", stacklevel=3)
+                          f"{'left out (max_norm)' if far <= 0.05 else 'too many to leave out'}",
+                          stacklevel=3)
         return chosen
 
     def keep(self, numbers):

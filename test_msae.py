@@ -1232,7 +1232,7 @@ def test_the_labels_of_some_of_many_rows_stay_beside_them(here, names):
 def test_every_help_shows_an_example_and_bench_the_step_beside_the_product():
     for command in ("toy", "train", "harvest", "eval", "look", "push", "bench"):
         assert f"python cli.py {command}" in run(command, "--help") and command in run("--help")
-    assert ".." not in run("--help") and msae.__version__ in run("--version")
+    assert ".." not in run("--help").split("Commands:")[1] and msae.__version__ in run("--version")
     assert re.search("(?s)8 . 2 spare latents.*encoder product alone.* x the product.*rows per", run(*BENCH))
 
 
