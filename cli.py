@@ -196,14 +196,13 @@ def toy(config, seed, seeds, out):
         figures = {name: msae.toy_figures(sae, tree, seed=number + 1_000_003) for name, sae in saes.items()}
         results.append({"seed": number, "seconds": round(time.perf_counter() - started, 1), **figures})
         msae.write(out / "toy.json", results[0] if seeds == 1 else {"seeds": results})
-        maps = pure_maps(tree, saes), {*tree.parent_of}
         paper = Console(record=True, width=6 * len(tree.parent_of) + 20, height=40, file=io.StringIO())
-        paper.print(draw(*maps, width=2))
+        paper.print(draw(tree, saes, width=2))
         svg = paper.export_svg(title="python cli.py toy", theme=DEFAULT_TERMINAL_THEME)
         msae.write(out / "toy.svg", svg.encode())
         toy_page(out / "look.html", saes["matryoshka"], tree)
     show_table("True features recovered", RECOVERED, {name: toy_rows(name, results) for name in PUBLISHED})
-    console.print(draw(*maps, width=1 + (console.width > 140)))
+    console.print(draw(tree, saes, width=1 + (console.width > 140)))
     click.echo(f"wrote {out / 'toy.json'}, {out / 'toy.svg'} and {out / 'look.html'}")
 
 
@@ -229,9 +228,8 @@ def toy_rows(name, results):
     for row in rows:
         rates = [pair["rate"] for pair in row.pop("absorption") if pair["rate"] is not None]
         row["absorbed"] = np.mean(rates) if rates else math.nan
-    if len(rows) > 1:
-        rows.append({key: np.mean([row[key] for row in rows]) for key in rows[0]} | {"seed": "mean"})
-    return [*rows, PUBLISHED[name]]
+    mean = {key: np.mean([row[key] for row in rows]) for key in rows[0]} | {"seed": "mean"}
+    return [*rows, *[mean] * (len(rows) > 1), PUBLISHED[name]]
 
 
 def shade(value, width, silent=False):
@@ -241,10 +239,11 @@ def shade(value, width, silent=False):
     return (ring, f"bold #00ccff on {colour}") if silent else (sign * width, f"{colour} on {colour}")
 
 
-def draw(maps, parents, width):
-    """The maps beside each other, with cells of ``width`` signs and the ``parents`` in bold, and a legend."""
-    true, pictures = maps["true features"], []
-    bold = ["bold" if i in parents else "" for i in range(len(true))]
+def draw(tree, saes, width):
+    """The pure maps beside each other, with cells of ``width`` signs and parents in bold, and a legend."""
+    maps, pictures = pure_maps(tree, saes), []
+    true = maps["true features"]
+    bold = ["bold" if i in tree.parent_of else "" for i in range(len(true))]
     numbers = [(f"{i:>{width}}"[-width:] if i % 2 == 0 else " " * width, bold[i]) for i in range(len(true))]
     for title, rows in maps.items():
         parts = [f"   {title.capitalize():^{len(true) * width}}\n   ", *numbers]
@@ -308,12 +307,11 @@ def train(acts, device, out, config, spare, baseline, family, resume, save_minut
     folder = out or default_folder(Path("runs", f"{Path(acts).stem}-{cfg.n_latents}"), resume, is_first)
     runs = [("matryoshka", cfg, folder), *[("vanilla", cfg.vanilla(), folder / "vanilla")] * baseline]
     n_runs = len(runs) + family * len(cfg.prefix_lengths())
-    epochs = cfg.steps * cfg.batch_size / len(rows)
+    epochs = cfg.steps * cfg.batch_size / max(1, len(rows))
     try:
-        new = resume and not (folder / msae.STATE).exists()
-        say(f"{len(rows):,} rows of width {rows.d_model}, {len(held_out):,} more held out; {cfg.steps:,} "
-            f"steps, {epochs:,.1f} epochs; {cfg.k:g} of {cfg.n_latents:,} latents a row; to {folder}"
-            f"{', where nothing is saved yet' * new}")
+        new = ", where nothing is saved yet" if resume and not (folder / msae.STATE).exists() else ""
+        say(f"{len(rows):,} rows of width {rows.d_model}, {len(held_out):,} more held out; {cfg.steps:,} steps, "
+            f"{epochs:,.1f} epochs; {cfg.k:g} of {cfg.n_latents:,} latents a row; to {folder}{new}")
         with process_group(device):
             for number, (name, own, where) in enumerate(runs, 1):  # which a family makes longer
                 last.clear()

@@ -5,6 +5,7 @@ import contextlib
 import html.parser
 import http.server
 import importlib.util
+import io
 import itertools
 import json
 import multiprocessing
@@ -23,12 +24,12 @@ import unittest.mock
 import xml.etree.ElementTree
 from pathlib import Path
 
+import click.testing
 import huggingface_hub.constants
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from click.testing import CliRunner
 
 import cli
 import msae
@@ -70,7 +71,7 @@ def tiny(n_vocab=50):
 
 
 def run(*arguments, codes=(0,)):
-    result = CliRunner().invoke(cli.main, [str(a) for a in arguments], catch_exceptions=False)
+    result = click.testing.CliRunner().invoke(cli.main, [str(a) for a in arguments], catch_exceptions=False)
     assert result.exit_code in codes, result.output
     return result.output
 
@@ -1035,7 +1036,8 @@ def test_a_harvest_that_is_cut_keeps_its_rows_and_resumes(tmp_path, monkeypatch,
     with pytest.raises(ValueError, match="new file"):
         msae.harvest(**source, out="cut.npy")
     assert msae.harvest(**source, out="cut.npy", resume=True) == n
-    assert all(Path(f"cut{end}").read_bytes() == Path(f"whole{end}").read_bytes() for end in (".npy", ".ids.npy"))
+    for end in (".npy", ".ids.npy"):
+        assert Path(f"cut{end}").read_bytes() == Path(f"whole{end}").read_bytes()
 
 
 @pytest.mark.parametrize("line, names", [
@@ -1196,7 +1198,8 @@ def test_one_dimension_and_one_row_are_said_in_words(here):
 
 @needs_fork
 @pytest.mark.parametrize("command, file", [
-    (EVAL, "run/eval-acts.json"), ([*TRAIN, "--out", "new"], "new/eval.json")], ids=["eval", "train"])
+    (EVAL, "run/eval-acts.json"), ([*TRAIN, "--out", "new"], "new/eval.json"), (HARVEST, "rows.npy"),
+    (TOY, "toys/look.html"), (LOOK, "page.html")], ids=["eval", "train", "harvest", "toy", "look"])
 @pytest.mark.parametrize("stream", ["closed", "full", "ascii"])
 def test_figures_are_written_whatever_becomes_of_the_terminal(here, stream, command, file):
     def work():
@@ -1215,7 +1218,7 @@ def test_figures_are_written_whatever_becomes_of_the_terminal(here, stream, comm
     process = forked(work, "output")
     process.join()
     assert process.exitcode == (stream != "ascii") and "Traceback" not in Path("output").read_text()
-    assert json.loads(Path(file).read_text())["rows"] in (3000, 282)
+    assert Path(file).stat().st_size > 1000
 
 
 @pytest.mark.parametrize("names", [["0", "1", "2"], ["4", "5"]], ids=["columns", "numbers"])
@@ -1729,7 +1732,8 @@ def test_no_drift_over_many_steps_and_both_paths_end_alike():
 FUZZ = int(os.environ.get("MSAE_FUZZ", 130))  # bad inputs, over all kinds; MSAE_FUZZ=2100 takes minutes
 WORDS = ("null", "true", "-1", "0", "1", "17", "9999", str(2**31), str(2**62), "9" * 5000, "0.5", "1e-320",
          "1e308", "1e999", "NaN", "-Infinity", "", " ", '"x"', '"x\\ny"', "[]", "[[]]", "[1, 2]", "{}",
-         "x\ny", '{"a": 1}', "(10**30, 8)", "'|O'", "'<c8'", "\0", "0.5,1", "cuda:9", "meta", "..", "é" * 9)
+         "x\ny", '{"a": 1}', "(10**30, 8)", "'|O'", "'<c8'", "\0", "0.5,1", "[0, 0.999]", "cuda:9", "meta",
+         "..", "é" * 9)
 LONG = "[" * 10**5, f"[{'0, ' * 10**5}0]", '{"active_prob": 1, "children": [' * 450 + "]}" * 450
 PARTS = rb"""-?\d[\w.+-]*|"[^"]*"|'[^']*'|\[[^\[\]]*\]|\([^()]*\)|true|null"""
 
@@ -1750,14 +1754,29 @@ ATTACKS = {  # the command that reads a damaged file; none: its options are bad
     f"run/{msae.METRICS}": RESUME, "toy.json": TOY, "ids.jsonl": HARVEST, "tiny.pt": HARVEST,
     "train.json": "train --acts acts.npy --config train.json --out new".split(),
     "ids.npy": [*HARVEST, "--tokens", "ids.npy"], "labels.npy": [*EVAL, "--labels", "labels.npy"],
-    "run/eval-acts.json": PUSH, "vocab.json": LOOK, "acts.ids.npy": LOOK, "": None,
+    "run/eval-acts.json": PUSH, "vocab.json": LOOK, "acts.ids.npy": LOOK, "": None, "stream": None,
 }
+
+
+def breaking_after(n, error):
+    """Standard output that breaks after so many characters."""
+    def write(stream, text):
+        nonlocal n
+        n -= len(text)
+        if n < 0 < len(text) and stream.name == "<stdout>":
+            raise error
+        return io.TextIOWrapper.write(stream, text)
+
+    return unittest.mock.patch.object(click.testing._NamedTextIOWrapper, "write", write, create=True)
 
 
 def attack(name, number):
     g = random.Random(f"{name} {number}")
     words = list(ATTACKS[name] or g.choice((NEW, EVAL, HARVEST, TOY, PUSH, BENCH, LOOK)))
-    if name:
+    stream, error = contextlib.nullcontext(), g.choice((OSError(28, "full"), BrokenPipeError(32, "closed")))
+    if name == "stream":
+        stream = breaking_after(g.randrange(3000), error)
+    elif name:
         Path(name).write_bytes(damaged(g, Path(name).read_bytes()))
     else:
         option = g.choice([p for p in cli.main.commands[words[0]].params if p.param_type_name == "option"])
@@ -1765,15 +1784,18 @@ def attack(name, number):
     before = {path: data for path, data in files().items() if path.name != msae.METRICS}
     signal.alarm(60)
     msae.Trainer.step = stopping_at(60)
-    result = CliRunner().invoke(cli.main, words)
+    runner = click.testing.CliRunner(charset=g.choice(("utf-8", "ascii", "cp1252")))
+    with stream:
+        result = runner.invoke(cli.main, words)
     lines, code, after = result.output.splitlines(), result.exit_code, files()
     errors = [line for line in lines if line.startswith("Error:")]
     kept = {
         "no traceback": isinstance(result.exception, (SystemExit, type(None))) and code in (0, 1, 2, 130),
-        "one line": errors == lines[-1:] * (code in (1, 2)) and len("".join(errors)) < 6000,
+        "one line": (errors == lines[-1:] * (code in (1, 2)) or name == "stream") and len(str(errors)) < 6000,
         "no code run": not Path("canary").exists(),
         "old files stay": code == 0 or before.items() <= after.items(),
-        "no part of a file": code == 0 or not any(path.name.endswith((".tmp", "rows.npy")) for path in after),
+        "no part of a file": not any(path.suffix == ".tmp" for path in after),
+        "rows so far": not Path("rows.npy").exists() or len(np.load("rows.npy")) > 0,
         "good checkpoint": not Path("new").exists() or msae.MatryoshkaSAE.load("new"),
     }
     broken = [claim for claim, holds in kept.items() if not holds]
