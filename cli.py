@@ -12,7 +12,6 @@ import functools
 import io
 import json
 import math
-import shlex
 import shutil
 import sys
 import time
@@ -310,8 +309,8 @@ def train(acts, device, out, config, spare, baseline, family, resume, save_minut
     epochs = cfg.steps * cfg.batch_size / max(1, len(rows))
     try:
         new = ", where nothing is saved yet" if resume and not (folder / msae.STATE).exists() else ""
-        say(f"{len(rows):,} rows of width {rows.d_model}, {len(held_out):,} more held out; {cfg.steps:,} steps, "
-            f"{epochs:,.1f} epochs; {cfg.k:g} of {cfg.n_latents:,} latents a row; to {folder}{new}")
+        say(f"{len(rows):,} rows of width {rows.d_model}, {len(held_out):,} more held out; {cfg.steps:,} "
+            f"steps, {epochs:,.1f} epochs; {cfg.k:g} of {cfg.n_latents:,} latents a row; to {folder}{new}")
         with process_group(device):
             for number, (name, own, where) in enumerate(runs, 1):  # which a family makes longer
                 last.clear()
@@ -329,7 +328,7 @@ def train(acts, device, out, config, spare, baseline, family, resume, save_minut
                     runs += [alone(cfg, level, folder) for level in found["prefixes"]]
     except BaseException as error:
         if is_first and (last or not isinstance(error, (ValueError, OSError))):  # it has not been refused
-            show_how_to_resume(folder, out)
+            show_how_to_resume(folder)
         raise
     finally:
         if is_first and not out:
@@ -415,13 +414,11 @@ def default_folder(path, resume, is_first):
     return path
 
 
-def show_how_to_resume(folder, out):
+def show_how_to_resume(folder):
     if state := max(folder.rglob(msae.STATE), key=os.path.getmtime, default=None):
         steps = torch.load(state, map_location="cpu", weights_only=True, mmap=True)["trainer"]["steps_done"]
-        n = os.environ.get("LOCAL_WORLD_SIZE")
-        words = [*(["torchrun", "--nproc-per-node", n] if n else ["python"]), *sys.argv]
-        words += ([] if out else ["--out", str(folder)]) + ([] if "--resume" in sys.argv else ["--resume"])
-        click.echo(f"step {steps} is saved in {state.parent}; go on with\n  {shlex.join(words)}", err=True)
+        click.echo(f"step {steps} is saved in {state.parent}; to go on, repeat the command with --out {folder} "
+                   "--resume", err=True)
 
 
 def show_figures(title, columns, results):
