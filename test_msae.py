@@ -769,7 +769,7 @@ def test_a_lost_process_or_a_signal_ends_the_job_with_a_checkpoint_to_resume(her
     second.join()
     output = Path("output0").read_text()
     assert first.exitcode == code and second.exitcode == (-signal.SIGKILL if code == 1 else code)
-    assert "\n  torchrun --nproc-per-node 2 cli.py train" in output and "held-out" not in output
+    assert "with --out new --resume\n" in output and "held-out" not in output
     assert steps_on_disk("new") >= 50 and (how != "lost process" or "lost" in output.splitlines()[-1])
 
 
