@@ -165,9 +165,6 @@ def progress(label, total, text="{per_second:,.0f}/s"):
 
 
 # -------------------------------------------------------------------------------------------------------- toy
-# Replications of the ReLU + L1 original (noanabeshima/matryoshka-saes): a post of 2026, one seed.
-PUBLISHED = {"matryoshka": {"seed": "published", "fvu": 0.021, "l0": 1.13, "clean": 20, "features": 20},
-             "vanilla": {"seed": "published", "fvu": 0.000, "l0": 0.86, "clean": 11, "features": 20}}
 RECOVERED = {"seed": "{seed}", "FVU": "{fvu:.3f}", "L0": "{l0:.2f}", "clean": "{clean:g}/{features:g}",
              "cos": "{mean_cosine:.3f}", "min": "{min_cosine:.3f}", "absorbed": "{absorbed:.2f}"}
 TRAINING = "FVU {fvu:.3f} L0 {l0:.1f} dead {dead:.1%} {rows_per_second:,}/s"
@@ -200,7 +197,7 @@ def toy(config, seed, seeds, out):
         svg = paper.export_svg(title="python cli.py toy", theme=DEFAULT_TERMINAL_THEME)
         msae.write(out / "toy.svg", svg.encode())
         toy_page(out / "look.html", saes["matryoshka"], tree)
-    show_table("True features recovered", RECOVERED, {name: toy_rows(name, results) for name in PUBLISHED})
+    show_table("True features recovered", RECOVERED, {name: toy_rows(name, results) for name in configs})
     console.print(draw(tree, saes, width=1 + (console.width > 140)))
     click.echo(f"wrote {out / 'toy.json'}, {out / 'toy.svg'} and {out / 'look.html'}")
 
@@ -222,13 +219,13 @@ def pure_maps(tree, saes):
 
 
 def toy_rows(name, results):
-    """The figures of an SAE for each seed, their mean if there are several, and those published."""
+    """The figures of an SAE for each seed, and their mean if there are several."""
     rows = [{"seed": result["seed"], **result[name]} for result in results]
     for row in rows:
         rates = [pair["rate"] for pair in row.pop("absorption") if pair["rate"] is not None]
         row["absorbed"] = np.mean(rates) if rates else math.nan
     mean = {key: np.mean([row[key] for row in rows]) for key in rows[0]} | {"seed": "mean"}
-    return [*rows, *[mean] * (len(rows) > 1), PUBLISHED[name]]
+    return [*rows, mean] if len(rows) > 1 else rows
 
 
 def shade(value, width, silent=False):

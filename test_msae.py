@@ -1080,7 +1080,7 @@ def test_loss_recovered_by_hand():
 def test_toy_command_writes_figures_and_picture(here):
     msae.write("toy.json", toy_settings(steps=200, k_anneal_steps=100))
     output = run(*TOY, "--seed", 3, "--seeds", 2)
-    assert all(word in output for word in ("matryoshka", "vanilla", "published"))
+    assert all(word in output for word in ("matryoshka", "vanilla", "mean"))
     report = json.loads(Path("toys/toy.json").read_text())["seeds"]
     assert [each["seed"] for each in report] == [3, 4] and report[0]["matryoshka"]["features"] == 20
     drawn = [line for line in output.splitlines() if re.match("[ 1][0-9] [#.]{20} ", line)]
