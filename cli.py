@@ -693,8 +693,7 @@ addEventListener("keydown", event => {
 drawTree();
 </script></body></html>
 """
-SHAPED = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that such tokens show as they are
-BYTE_OF = dict(zip(map(chr, [*SHAPED, *range(256, 324)]), [*SHAPED, *sorted({*range(256)} - {*SHAPED})]))
+BYTES = [b + 0xDC00 * (b > 127) for b in (*range(256), *range(33), *range(127, 161), 173)]  # of each letter
 
 
 @main.command(epilog="Example: python cli.py look runs/tiny-3072 --acts held.npy --vocab tokenizer.json")
@@ -742,24 +741,20 @@ def token_ids(path, acts, n):
 
 
 def read_vocab(path):
-    """{id: text} of a list of tokens, a map to ids or a tokenizer.json; byte-level ones are decoded."""
+    """{id: text} of a list of tokens, a map to ids or a tokenizer.json; what has no shape as sign or code."""
+    signs = {"\n": "⏎", "\t": "⇥", "▁": " "}
     with msae.reading(path, "a list of tokens, a map of tokens to ids or a tokenizer.json"):
         found, added = json.loads(path.read_text(encoding="utf-8-sig")), []
         if isinstance(found, dict) and isinstance(found.get("model"), dict):
             found, added = found["model"]["vocab"], found.get("added_tokens") or []
-        tokens = [token if isinstance(token, str) else token[0] for token in found]
-        if any("Ġ" in token for token in tokens):
-            tokens = [bytes(map(BYTE_OF.get, token)).decode(errors="replace") if {*token} <= BYTE_OF.keys()
-                      else token for token in tokens]
-        texts = dict(zip(found.values() if isinstance(found, dict) else range(len(found)), tokens))
+        texts = [token if isinstance(token, str) else token[0] for token in found]
+        if any("Ġ" in text for text in texts):  # each letter stands for a byte, as in GPT-2's
+            texts = (text.translate(BYTES).encode(errors="surrogateescape") for text in texts)
+            texts = [text.decode(errors="replace") for text in texts]
+        texts = dict(zip(found.values() if isinstance(found, dict) else range(len(found)), texts))
         texts |= {each["id"]: each["content"] for each in added}
-        return {id: visible(text) for id, text in texts.items()}
-
-
-def visible(text):
-    """Line breaks and what else has no shape as signs or codes, SentencePiece's spaces as spaces."""
-    signs = {"\n": "⏎", "\t": "⇥", "▁": " "}
-    return "".join(signs.get(c, c if c.isprintable() else f"\\u{ord(c):04x}") for c in text) or "∅"
+        return {id: "".join(signs.get(c, c if c.isprintable() else f"\\u{ord(c):04x}") for c in text) or "∅"
+                for id, text in texts.items()}
 
 
 def token_contexts(ids, texts, numbers):
