@@ -584,131 +584,100 @@ def some_blocks(rows, most):
 
 
 # ------------------------------------------------------------------------------------------------------- look
-PAGE = r"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title></title>
-<meta http-equiv="Content-Security-Policy" content="default-src 'unsafe-inline'"><style>
-:root { color-scheme: light dark; --mark: color-mix(in srgb, orange 13%, Canvas) }
-* { box-sizing: border-box; margin: 0; font: inherit } h2, h3, b { font-weight: 600 } h2 { font-size: 1.5em }
-:any-link, b { color: light-dark(#8a3d05, #f2ab62); text-decoration: none } h3 { margin: 1.3em 0 .4em }
-i, small { color: color-mix(in srgb, CanvasText 65%, Canvas); font-variant-numeric: tabular-nums }
-body { height: 100vh; display: grid; grid: 1fr / minmax(20em, 28em) 1fr; font: 15px/1.5 system-ui }
-nav { display: flex; flex-direction: column; border-right: 1px solid silver; min-height: 0 }
-#tree, main { overflow: auto } main { padding: .8em 1.6em } select { min-width: 0 }
-header { display: grid; grid: auto / 1fr 1fr; gap: .5em; padding: .8em } .wide { grid-column: span 2 }
+PAGE = r"""<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width">
+<meta http-equiv=Content-Security-Policy content="default-src 'unsafe-inline'; script-src-attr 'none'"><style>
+:root { color-scheme: light dark; print-color-adjust: exact } * { box-sizing: border-box; margin: 0 }
+body { height: 100vh; display: grid; grid: auto 1fr / minmax(20em, 28em) 1fr; font: 15px/1.5 system-ui }
+header { display: flex; flex-wrap: wrap; gap: .5em; padding: .8em } header > * { flex: 1 40%; min-width: 0 }
+main { grid-area: 1 / 2 / 3; padding: .8em 1.6em; border-left: 1px solid silver } nav, main { overflow: auto }
+input, select, small { font: inherit } a, b { color: light-dark(#8a3d05, #f2ab62); text-decoration: none }
+h3 { margin: 1.3em 0 .4em; font-size: 1em } p { margin: .3em 0; overflow-wrap: anywhere }
 summary { display: flex } summary::before { content: "▸"; flex: 0 0 1.3em; text-align: center }
-[open] > summary::before { rotate: 90deg } .leaf { padding-left: 1.3em }
-.level > summary { position: sticky; top: 0; z-index: 1 } .line b { min-width: 2.4em }
-.level > summary, .now, .line:hover { background: var(--mark) } .on { border-bottom: 2px solid }
-.level > :not(summary) { content-visibility: auto; contain-intrinsic-height: auto 1.5em }
-details:not(.level) > :not(summary) { margin-left: .8em }
-svg { width: 100%; height: 5em; fill: orange; border-bottom: 1px solid }
-.rows, .two { display: grid; grid: auto / auto 1fr; gap: .4em .9em } .two { grid: auto / 1fr 20em; gap: 2em }
-.line { display: flex; flex: 1; gap: .6em; min-width: 0; padding-right: .6em; color: inherit }
-.line > span { flex: 1; overflow: hidden; text-overflow: ellipsis; white-space: pre }
-u { background: color-mix(in srgb, orange calc(var(--a) * 60%), #0000); text-decoration: none }
-u, span { unicode-bidi: isolate } .rows span { white-space: pre-wrap; overflow-wrap: anywhere }
-@media (max-width: 900px) { body, .two { display: block } #tree { max-height: 42vh } main { padding: .8em } }
-@media print { nav { display: none } body { display: block; color-scheme: light; print-color-adjust: exact } }
-</style></head><body><nav><header><a href="#" class=wide><b></b></a>
-<input id="find" type="search" class=wide placeholder="Number or token" aria-label="Number or token">
-<select id="level" aria-label="Level"><option>All levels</option></select>
-<select id="sort" aria-label="Order"><option>by firing share</option><option>by children</option>
-<option>by number</option></select><small class=wide></small></header><div id="tree"></div></nav><main></main>
+[open] > summary::before { rotate: 90deg } summary:only-child::before { visibility: hidden }
+details details { margin-left: .8em; content-visibility: auto; contain-intrinsic-height: auto 1.5em }
+nav > * > summary { position: sticky; top: 0; z-index: 1 } small { padding-right: .3em; opacity: .7 }
+nav > * > summary, .now, .line:hover { background: color-mix(in srgb, orange 13%, Canvas) }
+.line { display: grid; grid: auto / minmax(3.1em, auto) 1fr auto; gap: .6em; flex: 1; color: inherit }
+span { overflow: hidden; text-overflow: ellipsis; white-space: pre } p > span { white-space: pre-wrap }
+bdi { background: color-mix(in srgb, orange calc(var(--a) * 60%), #0000) } .on { border-bottom: 2px solid }
+svg { width: 100%; height: 5em; stroke: orange; stroke-width: .9; border-top: 1px solid; scale: 1 -1 }
+.two { display: flex; flex-wrap: wrap; gap: 0 2em } .two > * { flex: 1 20em } .rows { flex: 3 30em }
+@media (max-width: 900px), print { body { display: block } nav { max-height: 42vh } main { border: 0 } }
+@media print { header, nav { display: none } }
+</style><header><a href="#"><b></b></a><input id="find" placeholder="Number or token">
+<select aria-label="Order"><option>by firing share</option><option>by children</option></select>
+<select aria-label="Level"><option>All levels</option></select></header><nav></nav><main></main>
 <script id="data" type="application/json">DATA</script><script type="module">
-const $ = query => document.querySelector(query), data = JSON.parse($("#data").textContent);
-const {ends, latents} = data, at = new Map(latents.map(l => [l.latent, l]));
+const $ = query => document.querySelector(query), [sort, level] = document.querySelectorAll("select");
+const {about, ends, latents, title, tokens, truth = []} = JSON.parse($("#data").textContent);
+const at = new Map(latents.map(l => [l.latent, l]));
 const levels = ends.map((end, i) => `Level ${i + 1}: latents ${ends[i - 1] ?? 0} to ${end - 1}`);
-for (const l of latents) {
-  l.level = ends.findIndex(end => l.latent < end);
-  l.below = latents.filter(other => other.parent?.[0] === l.latent);
-}
-for (const feature of data.truth ?? []) at.get(feature.latent).name = feature.name.trim();
-const keys = [l => l.share, l => l.below.length, l => -l.latent];
-function sorted(list, key = keys[$("#sort").selectedIndex]) {
-  return list.toSorted((a, b) => key(b) - key(a) || b.share - a.share);
-}
-const percent = share => `${+(100 * share).toPrecision(2)}%`, token = i => data.vocab[data.tokens[i]];
-function make(tag, props, ...content) {  // content that is text never becomes markup
-  const node = Object.assign(document.createElement(tag), props);
-  node.append(...content);
-  return node;
-}
-const link = (n, ...content) => make("a", at.has(n) ? {href: `#latent-${n}`} : {}, ...content);
-function words(c, before = 10, after = 5) {
-  if (!c?.shades) return [c ? c.text ?? `row ${c.row}` : "never on in these rows"];
-  const first = Math.max(0, c.at - before), shades = [...c.shades.slice(first, c.at + after + 1)];
-  return shades.map((shade, i) => make("u", {
-    className: first + i === c.at ? "on" : "", style: `--a: ${parseInt(shade, 36) / 35}`
-  }, token(c.from + first + i)));
-}
-function line(n, note, name = at.get(n)?.name) {
-  const text = name ? [name] : at.has(n) ? words(at.get(n).shown, 2, 3) : ["not on this page"];
-  const node = link(n, make("b", {}, n), make("span", {}, ...text), make("i", {}, note));
-  return Object.assign(node, {className: "line"});
-}
+for (const l of latents) Object.assign(l, {level: ends.findIndex(end => l.latent < end), below: []});
+for (const l of latents) at.get(l.parent?.[0])?.below.push(l);
+truth.forEach(([n], i) => at.get(n).name = `feature ${i}`);
+const order = (a, b) => sort.selectedIndex * (b.below.length - a.below.length) || b.share - a.share;
+const percent = share => `${+(100 * share).toPrecision(2)}%`;
+const escaped = text => text.replace(/[&<]/g, c => `&#${c.charCodeAt()};`);
+const token = (c, i = c.at) => tokens?.[c.from + i] ?? `row ${c.row}`;
+const words = (c, before, after) => [...c?.shades ?? ""].map((shade, i) => `<bdi
+  class="${i === c.at ? "on" : ""}" style="--a: ${parseInt(shade, 36) / 35}">${escaped(token(c, i))}</bdi>`
+).filter((word, i) => i >= c.at - before && i <= c.at + after).join("");
+const line = (n, note, text = at.get(n)?.name ?? words(at.get(n)?.shown, 2, 3)) =>
+  `<a class=line ${at.has(n) ? `href=#latent-${n}` : ""}><b>${n}</b>
+  <span>${text || "never on, or not on this page"}</span><small>${note}</small></a>`;
+const nest = (own, below, open) => `<details ${open}><summary>${own}</summary>${below.join("")}</details>`;
 const brief = l => line(l.latent, percent(l.share));
-const nest = (props, own, nested) => make("details", props, make("summary", {}, own), ...nested);
-function branch(l) {
-  const own = brief(l), below = sorted(l.below).map(branch);
-  return below.length ? nest({open: at.size < 100}, own, below) : make("div", {className: "leaf"}, own);
-}
+const branch = l => nest(brief(l), l.below.toSorted(order).map(branch), at.size < 100 ? "open" : "");
+const grown = above => truth.flatMap(([n, cosine, parent], i) =>
+  parent === above ? [nest(line(n, cosine, `feature ${i}`), grown(i), "open")] : []);
 function drawTree() {
-  const only = $("#level").selectedIndex - 1, wanted = $("#find").value.trim().toLowerCase();
-  const has = c => (c.shades ? token(c.from + c.at).toLowerCase() : "").includes(wanted);
-  for (const l of latents) l.shown = wanted && l.largest.find(has) || l.largest[0];
-  const all = !wanted && only < 0, found = sorted(latents.filter(l => all ? !at.has(l.parent?.[0])
-    : (only < 0 || l.level === only) && (!wanted || `${l.latent}` === wanted || l.largest.some(has))));
-  $("small").textContent = `${found.length} ${all ? "latents, with those below them" : "found"}`;
-  $("#tree").replaceChildren(...levels.flatMap((title, i) => {
-    const own = found.filter(l => l.level === i).map(branch);
-    return own.length ? [nest({className: "level", open: true}, title, own)] : [];
-  }));
+  const only = level.selectedIndex - 1, wanted = $("#find").value.trim().toLowerCase();
+  const has = c => token(c).toLowerCase().includes(wanted);
+  for (const l of latents) l.shown = l.largest.find(has) ?? l.largest[0];
+  const found = latents.filter(l => (only < 0 || l.level === only) && (
+    wanted ? `${l.latent}` === wanted || l.largest.some(has) : only >= 0 || !at.has(l.parent?.[0])));
+  const byLevel = Object.entries(Object.groupBy(found.sort(order), l => l.level));
+  $("nav").innerHTML = byLevel.map(([i, own]) =>
+    nest(`${levels[i]} (${own.length})`, own.map(branch), "open")).join("") || "Nothing found";
   drawMain();
 }
-const section = (title, content) =>
-  content.length ? make("section", {}, make("h3", {}, title), ...content) : "";
-const rows = (title, contexts) => section(title, [make("div", {className: "rows"}, ...contexts.flatMap(c => [
-  make("i", {title: `row ${c.row}`}, c.act.toPrecision(3)),
-  make("span", {}, ...words(c), ...(c.others ?? []).flatMap(n => ["  ", link(n, n)]))]))]);
-function histogram(counts) {
-  const bars = counts.map((n, i) => `M${i + .05} 1v-${n / Math.max(1, ...counts)}h.9V1z`).join(" ");
-  return make("p", {innerHTML: `<svg viewBox="0 0 16 1" preserveAspectRatio=none><path d="${bars}"/></svg>`});
-}
+const section = (title, content) => content.length ? `<h3>${title}</h3>${content.join("")}` : "";
+const row = c => `<p class=line><small title="row ${c.row}">${c.act.toPrecision(3)}</small>
+  <span>${words(c, 10, 5)}${c.others?.map(n => `  <a href=#latent-${n}>${n}</a>`).join("") ?? ""}</span></p>`;
+const histogram = counts => `<svg viewBox="0 0 16 ${Math.max(...counts)}" preserveAspectRatio="none">
+  <path d="${counts.map((n, i) => `M${i + .5} 0V${n}`).join("")}"/></svg>`;
 function drawMain() {
-  const l = at.get(parseInt(location.hash.slice(8))), a = $(`#tree a[href="#latent-${l?.latent}"]`);
-  $("main").replaceChildren(...l ? [make("h2", {}, `Latent ${l.latent}`), make("p", {}, levels[l.level],
-      `. On in ${percent(l.share)} of the rows, largest ${l.max}, mean where on ${l.mean}.`),
-    make("div", {className: "two"},
-      make("div", {}, rows("Where it is largest", l.largest), rows("At random where it is on", l.random)),
-      make("div", {}, section(`Activations, from 0 to ${l.max}`, [histogram(l.histogram)]),
-        section("Above it, with directed cosine", l.parent ? [line(...l.parent)] : []),
-        section("Below it, with share of the rows", sorted(l.below).map(brief)),
-        section("Nearest decoder rows, with cosine", l.nearest.map(near => line(...near)))))]
-    : [make("h2", {}, data.title), make("p", {}, data.about, ". Choose one, or press the down key."),
-       section("The tree that there is, with the cosine of the latent nearest to each feature",
-               (data.truth ?? []).map(feature => line(feature.latent, feature.cosine, feature.name)))]);
+  const l = at.get(parseInt(location.hash.slice(8))), a = $(`nav a[href="#latent-${l?.latent}"]`);
+  $("main").innerHTML = l ? `<h2>Latent ${l.latent}</h2><p>${levels[l.level]}. On in ${percent(l.share)} of
+    the rows, largest ${l.max}, mean where on ${l.mean}.</p><div class=two><div class=rows>`
+    + section("Where it is largest", l.largest.map(row))
+    + section("At random where it is on", l.random.map(row)) + "</div><div>"
+    + section(`Activations, from 0 to ${l.max}`, [histogram(l.histogram)])
+    + section("Above it, with directed cosine", l.parent ? [line(...l.parent)] : [])
+    + section("Below it, with share of the rows", l.below.toSorted(order).map(brief))
+    + section("Nearest decoder rows, with cosine", l.nearest.map(near => line(...near))) + "</div></div>"
+    : `<h2>${escaped(title)}</h2><p>${about}. Choose one, or press the down key.</p>`
+    + section("The tree that there is, with the cosine of the latent nearest to each feature", grown(null));
   $("main").scrollTop = 0;
-  $(".now")?.classList.remove("now");
+  for (const link of document.querySelectorAll("nav a")) link.classList.toggle("now", link === a);
   for (let up = a; up; up = up.parentElement.closest("details")) up.open = true;
-  a?.classList.add("now");
   a?.scrollIntoView({block: "nearest"});
 }
-document.title = $("b").textContent = data.title;
-$("#level").append(...levels.map(title => make("option", {}, title)));
+document.title = $("b").textContent = title;
+level.append(...levels.map(title => new Option(title)));
 $("header").addEventListener("input", drawTree);
 addEventListener("hashchange", drawMain);
 addEventListener("keydown", event => {
   const step = {ArrowDown: 1, ArrowUp: -1}[event.key];
   if (!step || event.target.tagName === "SELECT") return;
-  const links = [...document.querySelectorAll("#tree a")].filter(a => a.checkVisibility());
-  location.replace(links[links.indexOf($(".now")) + step]?.hash ?? location.hash);
+  const links = [...document.querySelectorAll("nav a")].filter(a => a.checkVisibility());
+  location.replace(links[links.indexOf($(".now")) + step]?.hash ?? "#");
   event.preventDefault();
 });
 drawTree();
-</script></body></html>
+</script></html>
 """
-SHAPED = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that such tokens show as they are
-BYTE_OF = dict(zip(map(chr, [*SHAPED, *range(256, 324)]), [*SHAPED, *sorted({*range(256)} - {*SHAPED})]))
+BYTES = [b + 0xDC00 * (b > 127) for b in (*range(256), *range(33), *range(127, 161), 173)]  # of each letter
 
 
 @main.command(epilog="Example: python cli.py look runs/tiny-3072 --acts held.npy --vocab tokenizer.json")
@@ -733,101 +702,79 @@ def look(checkpoint, acts, ids, vocab, n_rows, most, max_norm, device, out):
     rows, texts = msae.Rows(acts).within(max_norm), read_vocab(vocab) if vocab else {}
     if len(sae.b_dec) != rows.d_model:
         raise ValueError(f"{source} is for rows of width {len(sae.b_dec)}, {acts} has {rows.d_model}")
-    ids, (rows, chosen) = token_ids(ids, acts, len(rows)), some_blocks(rows, n_rows)
+    (documents, ids), (rows, chosen) = token_ids(ids, acts, len(rows)), some_blocks(rows, n_rows)
+    tokens = None if ids is None else [texts.get(id, str(id)) for id in ids[chosen].tolist()]
     with progress("look  row", len(rows)) as show:
         codes = msae.sparse_codes(sae, rows, on_rows=show)
-    numbers = np.flatnonzero(chosen)
-    tokens, context = ({}, None) if ids is None else token_contexts(ids[numbers], texts, numbers)
-    write_page(file, sae, codes, numbers, context, most, title=f"{source}, {Path(acts).name}", **tokens)
+    write_page(file, sae, codes, chosen, documents, tokens, most, title=f"{source}, {Path(acts).name}")
     click.echo(f"wrote {file}")
 
 
 def token_ids(path, acts, n):
-    """(n, 2), document and token of each of ``n`` rows, by a file or harvest's beside ``acts``, or None."""
-    rows = sorted(Path(acts).glob("*.npy")) if Path(acts).is_dir() else [Path(acts)]  # in the order of Rows
-    beside = [file.with_suffix(".ids.npy") for file in rows]
+    """Document and token of each of ``n`` rows, by a file or harvest's beside ``acts``; without one, None."""
+    beside = [file.with_suffix(".ids.npy") for file in sorted(Path(acts).glob("*.npy")) or [Path(acts)]]
     if not (files := [path] if path else [file for file in beside if file.exists()]):
-        return None
+        return np.arange(n), None
     ids = np.concatenate([np.atleast_1d(msae.read_npy(file)) for file in files])
     if ids.dtype.kind not in "iu" or ids.shape != (n, 2) and (ids.size != n or ids.ndim > 2):
         raise ValueError(f"{files[0]} must hold whole numbers ({n}, 2), ({n},) or (docs, positions), got "
                          f"{ids.dtype} {ids.shape}")
-    return ids if ids.shape == (n, 2) else np.stack([np.arange(n) // ids.shape[-1], ids.reshape(-1)], axis=1)
+    return ids.T if ids.shape == (n, 2) else (np.arange(n) // ids.shape[-1], ids.reshape(-1))
 
 
 def read_vocab(path):
-    """{id: text} of a list of tokens, a map to ids or a tokenizer.json; byte-level ones are decoded."""
+    """{id: text} of a list of tokens, a map to ids or a tokenizer.json; what has no shape as sign or code."""
+    signs = {"\n": "⏎", "\t": "⇥", "▁": " "}
     with msae.reading(path, "a list of tokens, a map of tokens to ids or a tokenizer.json"):
         found, added = json.loads(path.read_text(encoding="utf-8-sig")), []
         if isinstance(found, dict) and isinstance(found.get("model"), dict):
             found, added = found["model"]["vocab"], found.get("added_tokens") or []
-        tokens = [token if isinstance(token, str) else token[0] for token in found]
-        if any("Ġ" in token for token in tokens):
-            tokens = [bytes(map(BYTE_OF.get, token)).decode(errors="replace") if {*token} <= BYTE_OF.keys()
-                      else token for token in tokens]
-        texts = dict(zip(found.values() if isinstance(found, dict) else range(len(found)), tokens))
+        texts = [token if isinstance(token, str) else token[0] for token in found]
+        if any("Ġ" in text for text in texts):  # each letter stands for a byte, as in GPT-2's
+            texts = (text.translate(BYTES).encode(errors="surrogateescape") for text in texts)
+            texts = [text.decode(errors="replace") for text in texts]
+        texts = dict(zip(found.values() if isinstance(found, dict) else range(len(found)), texts))
         texts |= {each["id"]: each["content"] for each in added}
-        return {id: visible(text) for id, text in texts.items()}
+        return {id: "".join(signs.get(c, c if c.isprintable() else f"\\u{ord(c):04x}") for c in text) or "∅"
+                for id, text in texts.items()}
 
 
-def visible(text):
-    """Line breaks and what else has no shape as signs or codes, SentencePiece's spaces as spaces."""
-    signs = {"\n": "⏎", "\t": "⇥", "▁": " "}
-    return "".join(signs.get(c, c if c.isprintable() else f"\\u{ord(c):04x}") for c in text) or "∅"
+def write_page(file, sae, codes, chosen, documents, tokens, most, **more):
+    """Write the page of ``most`` latents at most, by the ``codes`` and ``tokens`` of the ``chosen`` rows."""
+    def context(row, acts, peak):
+        near = [i for i in range(row - 10, row + 6) if 0 <= i < len(text) and text[i] == text[row]]
+        shades = "".join(np.base_repr(round(35 * acts.get(i, 0) / peak), 36) for i in near)
+        others = starts[row] + np.argsort(-value[starts[row]:starts[row + 1]])[:9]
+        return {"row": int(numbers[row]), "act": acts[row], "from": near[0], "at": row - near[0],
+                "shades": shades, **({} if tokens else {"others": latent[others].tolist()})}
 
-
-def token_contexts(ids, texts, numbers):
-    """(Tokens for the page; what gives the context of a row, with a latent's activations, from 0 to 1)."""
-    used, tokens = np.unique(ids[:, 1], return_inverse=True)
-    bounds = np.flatnonzero(np.r_[True, (np.diff(ids[:, 0]) != 0) | (np.diff(numbers) != 1), True])  # texts
-
-    def context(row, acts):
-        text = np.searchsorted(bounds, row, side="right")
-        first, end = int(max(bounds[text - 1], row - 10)), min(bounds[text], row + 6)
-        shades = "".join(np.base_repr(round(35 * act), 36) for act in acts[first:end])
-        return {"from": first, "at": row - first, "shades": shades}
-
-    return {"tokens": tokens.tolist(), "vocab": [texts.get(id, str(id)) for id in used.tolist()]}, context
-
-
-def write_page(file, sae, codes, numbers, context, most, **more):
-    """Write the page of ``most`` latents at most, and of rows with these ``numbers`` and their ``codes``."""
     (starts, latent, value, far), F, ends = codes, len(sae.b_enc), list(sae.prefixes)
-    acts, latents, counts = np.zeros(len(far)), [], np.bincount(latent, minlength=F)
-    shown = [level[np.argsort(-counts[level], kind="stable")[: max(1, most * len(level) // F)]]
-             for level in np.split(np.arange(F), ends[:-1])]  # the same share of each level
-    shown = np.sort(np.concatenate(shown))
-    context = context or (lambda row, acts: {"others": latent[starts[row] + np.argsort(
-        -value[starts[row]:starts[row + 1]])[:9]].tolist()})
+    latents, numbers, counts = [], np.flatnonzero(chosen), np.bincount(latent, minlength=F)
+    shown = np.concatenate([np.sort(level[np.argsort(-counts[level])[: max(1, most * len(level) // F)]])
+                            for level in np.split(np.arange(F), ends[:-1])])  # the same share of each level
+    text = np.cumsum(np.r_[0, (np.diff(documents[chosen]) != 0) | (np.diff(numbers) != 1)])  # of each row
     with progress("look  latent", len(shown)) as show:
         for figures, at, own in msae.latent_figures(sae, starts, latent, value, shown):
-            acts[at] = own / max(figures["max"], 1e-99)
+            acts = dict(zip(at.tolist(), own.tolist()))
             for kind in ("largest", "random"):
-                figures[kind] = [{"row": int(numbers[row]), "act": acts[row] * figures["max"],
-                                  **context(row, acts)} for row in figures[kind]]
-            acts[at] = 0
+                figures[kind] = [context(row, acts, figures["max"]) for row in figures[kind]]
             latents.append(figures)
             show(len(latents))
-    about = (f"{len(far):,} rows, {far.sum():,} of them too far out to count; {F:,} latents, of which "
-             f"{len(value) / max(1, (~far).sum()):.1f} are on in a row and {len(shown):,} are shown")
-    data = json.dumps({"about": about, "ends": ends, "latents": latents, **more}, allow_nan=False)
-    data = json.loads(data, parse_float=lambda x: float(f"{float(x):.4g}"))
-    data = json.dumps(data, separators=(",", ":")).replace("<", r"\u003c")  # foreign text must not end it
-    msae.write(file, PAGE.replace("DATA", data, 1).encode())
+    about = f"{len(far):,} rows, {far.sum():,} too far out; the {len(shown):,} most frequent of {F:,} latents"
+    data = {"about": about, "ends": ends, "latents": latents, "tokens": tokens, **more}
+    data = json.loads(json.dumps(data), parse_float=lambda x: float(f"{float(x):.4g}"))
+    data = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", r"\u003c")
+    msae.write(file, PAGE.replace("DATA", data, 1).encode())  # foreign text cannot end the script
 
 
 def toy_page(file, sae, tree):
     """The latents' tree on fresh toy rows, beside the features' tree."""
     features = tree.sample_features(20_000, torch.Generator().manual_seed(0))
     cosine, latent = (torch.nn.functional.normalize(tree.directions, dim=1) @ sae.W_dec.data.T).max(dim=1)
-    truth, depth = [], {None: -1}
-    for i, parent in enumerate(tree.parent_of):
-        depth[i] = depth[parent] + 1
-        truth.append({"number": i, "name": "    " * depth[i] + f"feature {i}", "parent": parent,
-                      "latent": int(latent[i]), "cosine": float(cosine[i])})
-    texts = [f"features {', '.join(map(str, row.nonzero()[:, 0].tolist()))}" for row in features]
-    write_page(file, sae, msae.sparse_codes(sae, features @ tree.directions), range(len(texts)),
-               lambda row, acts: {"text": texts[row]}, len(sae.b_enc), title="The toy", truth=truth)
+    tokens = [f"features {', '.join(map(str, row.nonzero()[:, 0].tolist()))}" for row in features]
+    codes, n = msae.sparse_codes(sae, features @ tree.directions), len(tokens)
+    write_page(file, sae, codes, np.full(n, True), np.arange(n), tokens, len(sae.b_enc), title="The toy",
+               truth=[*zip(latent.tolist(), cosine.tolist(), tree.parent_of)])
 
 
 def newest_checkpoint():

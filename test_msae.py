@@ -843,9 +843,9 @@ def test_matryoshka_recovers_every_toy_feature_and_their_tree_and_vanilla_absorb
     assert ours["erasure"][0]["others"] < 0.05 > vanilla["erasure"][0]["others"]
     cli.toy_page(tmp_path / "look.html", saes[0], tree)
     data = page_data(tmp_path / "look.html")
-    feature = {each["latent"]: each["number"] for each in data["truth"]}
+    feature = {latent: number for number, (latent, cosine, parent) in enumerate(data["truth"])}
     found = {feature[l["latent"]]: l["parent"] and feature[l["parent"][0]] for l in data["latents"]}
-    assert found == dict(enumerate(tree.parent_of)) == {f["number"]: f["parent"] for f in data["truth"]}
+    assert found == dict(enumerate(tree.parent_of)) == {n: truth[2] for n, truth in enumerate(data["truth"])}
 
 
 def test_logistic_regression_is_at_the_minimum_of_its_formula():
@@ -1309,7 +1309,7 @@ def test_the_page_shows_tokens_in_their_text_as_text(here):
     run("look", "run", "--vocab", "vocab.json")  # the rows of training, the ids beside them
     data, x = page_data("run/look.html"), torch.from_numpy(np.load("acts.npy")).float()
     tokens = ["the", " Cat", VOCABULARY[2], "⏎", VOCABULARY[4], "\\u0000", "6"]  # the last by its number
-    assert data["vocab"] == tokens and data["tokens"] == np.load("acts.ids.npy")[:, 1].tolist()
+    assert data["tokens"] == [tokens[id] for id in np.load("acts.ids.npy")[:, 1]]
     codes = msae.MatryoshkaSAE.load("run").encode(x).detach().numpy()
     assert [l["latent"] for l in data["latents"]] == [*range(32)] and data["ends"] == [2, 4, 8, 16, 32]
     for l, acts in zip(data["latents"], codes.T):
@@ -1325,7 +1325,7 @@ def test_the_page_shows_tokens_in_their_text_as_text(here):
     Path("acts.ids.npy").unlink()
     run("look", "--acts", "acts.npy", "--rows", 500, "--latents", 9)  # the newest checkpoint, without tokens
     data = page_data("runs/mine/look.html")
-    assert len(data["latents"]) == 9 and data["about"].startswith("470 rows") and "tokens" not in data
+    assert len(data["latents"]) == 9 and data["about"].startswith("470 rows") and not data["tokens"]
     first = data["latents"][0]["largest"][0]
     assert first["others"] == np.argsort(-codes[first["row"]])[:len(first["others"])].tolist()
 
@@ -1337,13 +1337,13 @@ def test_the_page_shows_tokens_in_their_text_as_text(here):
 def test_vocabularies_and_ids_of_every_kind(tmp_path, content, texts):
     msae.write(tmp_path / "vocab.json", content)
     assert cli.read_vocab(tmp_path / "vocab.json") == texts
-    for shape, fifth in (((3, 4), [1, 5]), (12, [0, 5])):
-        np.save(tmp_path / "ids.npy", np.arange(12).reshape(shape))
-        assert cli.token_ids(tmp_path / "ids.npy", "", 12)[5].tolist() == fifth
+    for shape, document in (((3, 4), 1), (12, 0)):
+        np.save(tmp_path / "ids.npy", np.arange(12, dtype=np.uint64).reshape(shape) + 2**63)
+        assert [n[5] for n in cli.token_ids(tmp_path / "ids.npy", tmp_path, 12)] == [document, 2**63 + 5]
     for name in ("ids", "two"):  # a folder of rows and what harvest writes beside them
         np.save(tmp_path / f"{name}.npy", rows(6))
         np.save(tmp_path / f"{name}.ids.npy", np.full((6, 2), len(name)))
-    assert len(msae.Rows(tmp_path)) == len(cli.token_ids(None, tmp_path, 12)) == 12
+    assert len(msae.Rows(tmp_path)) == len(cli.token_ids(None, tmp_path, 12)[1]) == 12
 
 
 @pytest.fixture
@@ -1398,12 +1398,12 @@ def test_in_a_browser_links_lead_on_tokens_are_found_and_foreign_text_does_nothi
     end = time.monotonic() + 60
     while js("document.readyState + document.querySelector('h2')?.textContent") != "completeLatent 17":
         assert time.monotonic() < end
-    number, beside = int(click("#tree .level details a").split()[1]), ".two > div:last-child .line"
+    number, beside = int(click("nav > details > details a").split()[1]), ".two > div:last-child .line"
     assert number < 3 <= int(click(beside).split()[1])  # its child
     assert click(beside) == f"Latent {number}"  # whose parent it is
     found = js("const box = document.querySelector('#find'); box.value = 'CAT'; "
                "box.dispatchEvent(new Event('input', {bubbles: true})); "
-               "[...document.querySelectorAll('#tree .line')].map(a => a.textContent).join('|')")
+               "[...document.querySelectorAll('nav .line')].map(a => a.textContent).join('|')")
     assert found and all(" Cat" in line for line in found.split("|"))
     assert js("document.querySelectorAll('img, script').length") == 2
     assert not {"Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded",
