@@ -21,7 +21,7 @@ from pathlib import Path
 import click
 import numpy as np
 import torch
-from click import IntRange, option
+from click import option
 from rich import box
 from rich.columns import Columns
 from rich.console import Console, Group
@@ -686,8 +686,8 @@ BYTES = [b + 0xDC00 * (b > 127) for b in (*range(256), *range(33), *range(127, 1
 @option("--ids", type=OLD_FILE, help="A .npy of token ids: (rows,), (docs, positions), or (rows, 2) with the "
         "number of the document before each.  [default: X.ids.npy beside X.npy]")
 @option("--vocab", type=OLD_FILE, help='A tokenizer.json, or JSON: [tokens] or {"token": id}.')
-@option("--rows", "n_rows", type=IntRange(min=1), default=200_000, help="Of more, read random blocks.")
-@option("--latents", "most", type=IntRange(min=1), default=4096, help="Of more, show the most frequent.")
+@option("--rows", "n_rows", type=AtLeast(1), default=200_000, help="Of more, read random blocks.")
+@option("--latents", "most", type=AtLeast(1), default=4096, help="Of more, show the most frequent.")
 @norm_option
 @device_option
 @option("--out", type=NEW_FILE, help="A new file.  [default: look.html in the checkpoint's folder]")
@@ -695,8 +695,8 @@ def look(checkpoint, acts, ids, vocab, n_rows, most, max_norm, device, out):
     """Write a page of the latents of CHECKPOINT as a tree. Without one, of the newest in runs/."""
     source = checkpoint or newest_checkpoint()
     file = out or Path(source if Path(source).is_dir() else "", "look.html")
-    if file.exists() and (out or not Path(source).is_dir()):
-        raise FileExistsError(f"{file} exists: choose another --out")
+    if out or not Path(source).is_dir():
+        must_be_new(file)
     sae = msae.MatryoshkaSAE.load(source).to(device)
     acts = acts or str(sae.metadata.get("acts", "as --acts is missing"))
     rows, texts = msae.Rows(acts).within(max_norm), read_vocab(vocab) if vocab else {}

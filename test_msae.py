@@ -1598,7 +1598,7 @@ def close_to(theirs, ours, x, tolerance=1e-6):
 def test_readme_snippets_run_in_order(hub):
     np.save("acts.npy", rows(5000, 64).astype(np.float16))
     snippets, names = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL), {}
-    assert len(snippets) == 5
+    assert len(snippets) == 6
     for snippet in snippets:
         if "sae_lens" not in snippet or importlib.util.find_spec("sae_lens"):
             exec(snippet, names)
