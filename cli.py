@@ -273,7 +273,7 @@ def numbers(text):
 @option("--k", type=float, help="Active latents per row, on average.  [default: 30]")
 @option("--prefixes", type=numbers, help="Lengths or fractions.  [default: .0625, .125, .25, .5, 1.0]")
 @option("--pareto", "n_prefixes", type=int, help="Instead, sample this many prefixes at every step.")
-@option("--spare", type=float, help="Spare latents at first, as a part of F.  [default: 0.25]")
+@option("--spare", type=AtLeast(0), help="Spare latents at first.  [default: a quarter of F]")
 @option("--baseline", is_flag=True, help="Then train the vanilla twin on the same batches and show both.")
 @option("--family", is_flag=True, help="Then train a vanilla SAE of each prefix's size and L0, to compare.")
 @option("--steps", type=int, help="Optimizer steps.  [default: 10000]")
@@ -346,18 +346,15 @@ def train(acts, device, out, config, spare, baseline, family, resume, save_minut
 @contextlib.contextmanager
 def process_group(device):
     """That of torchrun, where it started this process."""
-    if "LOCAL_RANK" not in os.environ:
-        yield
-        return
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if several := "LOCAL_RANK" in os.environ:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield
-    except RuntimeError as error:
-        raise RuntimeError(f"this or another process is lost: {msae.one_line(error)}") from error
     finally:
-        torch.distributed.destroy_process_group()
+        if several:
+            torch.distributed.destroy_process_group()
 
 
 def figures_of(sae, held_out, cfg, last):
@@ -372,7 +369,7 @@ def figures_of(sae, held_out, cfg, last):
 
 
 def run_config(path, spare, options):
-    """The ``TrainConfig`` of a JSON file and the options given, which win; ``spare``: share of latents."""
+    """The ``TrainConfig`` of a JSON file and the options given, which win; ``spare``: so many latents more."""
     settings = read_json(path) if path else {}
     if options["prefixes"] or options["n_prefixes"]:  # either replaces both
         settings |= {"prefixes": None, "n_prefixes": None}
@@ -381,10 +378,7 @@ def run_config(path, spare, options):
         raise click.UsageError("Missing option '--latents', the number of latents, or n_latents in --config.")
     if spare is not None or "n_latents_start" not in settings:
         n_latents = new_config(settings | {"n_latents_start": None}).n_latents
-        spare = 0.25 if spare is None else spare
-        if not 0 <= spare <= 1000:
-            raise click.UsageError(f"--spare must lie in [0, 1000], got {spare}")
-        settings["n_latents_start"] = n_latents + round(spare * n_latents)
+        settings["n_latents_start"] = n_latents + (round(n_latents / 4) if spare is None else spare)
     return new_config(settings)
 
 
@@ -437,7 +431,6 @@ SPLICED = {"latents": "{latents:,}", "loss": "{spliced:.4f}", "recovered": "{rec
 PROBED = {"latents": "{latents:,}", "raw row": "{raw[f1]:.3f}", "k=1": "{probes[0][f1]:.3f}",
           "2": "{probes[1][f1]:.3f}", "5": "{probes[4][f1]:.3f}", "main silent": "{main_silent:.1%}",
           "absorbed": "{absorption:.1%}", "split": "{splitting:.1f}"}
-ERASED = {"latents": "{latents}", "own label": "{own:.3f}", "others": "{others:.3f}"}  # balanced accuracy
 
 
 def tiny_model(path, layer, device, tokens, n_most):
@@ -555,7 +548,6 @@ def evaluate(checkpoints, acts, labels, tokens, max_tokens, model_path, layer, d
     if labels:
         show_table("F1 of probes: on the raw row, on k latents", PROBED, results, lambda each: [
             each["labels"] | level for level in each["labels"]["prefixes"]])
-        show_table("Fall of accuracy by erasure", ERASED, results, lambda each: each["labels"]["erasure"])
 
 
 def label_rows(path, rows, most=20_000):

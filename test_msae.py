@@ -770,7 +770,7 @@ def test_a_lost_process_or_a_signal_ends_the_job_with_a_checkpoint_to_resume(her
     output = Path("output0").read_text()
     assert first.exitcode == code and second.exitcode == (-signal.SIGKILL if code == 1 else code)
     assert "with --out new --resume\n" in output and "held-out" not in output
-    assert steps_on_disk("new") >= 50 and (how != "lost process" or "lost" in output.splitlines()[-1])
+    assert steps_on_disk("new") >= 50 and (how != "lost process" or "Error:" in output)
 
 
 # --------------------------------------------------------------------------------------------- toy, probing
@@ -1093,7 +1093,7 @@ def test_toy_command_writes_figures_and_picture(here):
 def test_options_override_the_config_and_a_new_run_takes_a_new_folder(here):
     settings = b'\xef\xbb\xbf{"n_latents_start": 32,\r\n"n_prefixes": 4, "steps": 99, "lr": 0.01}\r\n'
     Path("config.json").write_bytes(settings)  # as Windows writes
-    command = [*TRAIN, "--config", "config.json", "--prefixes", "0.25,0.5,1", "--spare", "0.5", "--seed", "1"]
+    command = [*TRAIN, "--config", "config.json", "--prefixes", "0.25,0.5,1", "--spare", "16", "--seed", "1"]
     for folder in ("runs/acts-32", "runs/acts-32-2"):
         output = run(*command)
         assert folder in output and "FVU" in output
@@ -1176,7 +1176,7 @@ def test_harvest_train_and_eval_from_tokens_to_a_verdict(here):
     np.save("labels.npy", ids[(ids != msae.BEGIN) & (ids != msae.PAD)] % 3 * 10)
     output = run("eval", "new", "new/vanilla", "--acts", "rows.npy", "--labels", "labels.npy",
                  "--tokens", "ids.jsonl", "--model", "tiny.pt", "--layer", 2, "--max-tokens", 1000)
-    assert all(word in output for word in ("recovered", "absorbed", "erasure"))
+    assert all(word in output for word in ("recovered", "absorbed", "raw row"))
     for folder, levels in (("new", 5), ("new/vanilla", 1)):
         assert json.loads(Path(folder, "eval.json").read_text())["rows"] < n / 2  # of training, left alone
         found = json.loads(Path(folder, "eval-rows.json").read_text())
