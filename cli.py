@@ -445,7 +445,6 @@ SPLICED = {"latents": "{latents:,}", "loss": "{spliced:.4f}", "recovered": "{rec
 PROBED = {"latents": "{latents:,}", "raw row": "{raw[f1]:.3f}", "k=1": "{probes[0][f1]:.3f}",
           "2": "{probes[1][f1]:.3f}", "5": "{probes[4][f1]:.3f}", "main silent": "{main_silent:.1%}",
           "absorbed": "{absorption:.1%}", "split": "{splitting:.1f}"}
-ERASED = {"latents": "{latents}", "own label": "{own:.3f}", "others": "{others:.3f}"}  # balanced accuracy
 
 
 def tiny_model(path, layer, device, tokens, n_most):
@@ -563,7 +562,6 @@ def evaluate(checkpoints, acts, labels, tokens, max_tokens, model_path, layer, d
     if labels:
         show_table("F1 of probes: on the raw row, on k latents", PROBED, results, lambda each: [
             each["labels"] | level for level in each["labels"]["prefixes"]])
-        show_table("Fall of accuracy by erasure", ERASED, results, lambda each: each["labels"]["erasure"])
 
 
 def label_rows(path, rows, most=20_000):

@@ -1038,7 +1038,7 @@ def loss_recovered(model, module, sae, batches, at="input", drop=()):
 
 
 @torch.no_grad()
-def probe(sae, x, y, seed=0, max_k=5, erased=(1, 2, 5)):
+def probe(sae, x, y, seed=0, max_k=5):
     """How few latents tell labels ``y`` (n, C), booleans, of rows ``x`` (n, D); half the rows are held out.
     ``raw``: logistic regression on the rows. By prefix: ``probes``, the same on the k latents whose mean
     differs most with the label (Gurnee et al. 2023, arXiv 2305.01610); ``splitting``, how many of these
@@ -1048,39 +1048,39 @@ def probe(sae, x, y, seed=0, max_k=5, erased=(1, 2, 5)):
     Chanin et al. 2024, arXiv 2409.14507, who find that latent by its ablation). ``ValueError`` where a label
     lacks rows with or without it."""
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
-    (x, y), (x_test, y_test) = ((x[half].float(), y[half]) for half in order.tensor_split(2))
-    rarest = torch.stack([labels.sum(0) for labels in (y, ~y, y_test, ~y_test)]).amin(dim=0)
+    x, y = x[order].float(), y[order]
+    (x_train, x_test), (y_train, y_test) = x.tensor_split(2), y.tensor_split(2)
+    rarest = torch.stack([labels.sum(0) for labels in (y_train, ~y_train, y_test, ~y_test)]).amin(dim=0)
     _require(rarest.all(), f"label {rarest.argmin()} needs rows with it and without it in both halves", 0)
-    w, b = logistic_regression(x, y)
-    raw = probe_logits(x_test, w, b)
-    positives, share = y_test.T & (raw > 0), torch.where(y, 1 / y.sum(0), -1 / (~y).sum(0))
+    w, b = logistic_regression(x_train, y_train)
+    seen = probe_logits(x_test, w, b) > 0
+    positives, share = y_test.T & seen, torch.where(y_train, 1 / y_train.sum(0), -1 / (~y_train).sum(0))
     # (C, F): mean activation on the rows with a label, less that on those without
-    difference = sum(part.T @ sae.encode(rows) for rows, part in zip(x.split(2048), share.split(2048)))
-    prefixes = []
+    difference = sum(part.T @ sae.encode(rows) for rows, part in zip(x_train.split(2048), share.split(2048)))
+    figures = {"rows": len(x), "raw": probe_scores(seen, y_test)[0], "prefixes": []}
     for p in sae.prefixes:
-        top = difference[:, :p].abs().topk(min(max_k, p), dim=1).indices
-        main, scores = difference[:, :p].argmax(dim=1, keepdim=True), []
-        codes, codes_test = codes_of(sae, x, top), codes_of(sae, x_test, torch.cat([top, main], dim=1))
+        top = difference[:, :p].abs().topk(min(max_k, p), dim=1).indices  # (C, k)
+        chosen = torch.cat([top, difference[:, :p].argmax(dim=1, keepdim=True)], dim=1)
+        codes = torch.cat([sae.encode(rows, p)[:, chosen] for rows in x.split(2048)])  # (n, C, k + 1)
+        codes, codes_test = codes.movedim(0, 1).tensor_split(2, dim=1)
+        probes, f1 = [], []
         for k in range(1, top.shape[1] + 1):
-            logits = probe_logits(codes_test[:, :, :k], *logistic_regression(codes[:, :, :k], y))
-            scores.append(probe_scores(logits > 0, y_test))
-        gains = torch.stack([score["f1"] for score in scores]).diff(dim=0) > 0.03
-        splits, silent = 1 + gains.cumprod(dim=0).sum(0), codes_test == 0
-        fires_with = (difference.gather(1, top) > 0) & (torch.arange(top.shape[1]) < splits[:, None])
-        missed = positives & (silent[:, :, :-1] | ~fires_with[:, None]).all(dim=2) & silent[:, :, -1]
+            logits = probe_logits(codes_test[:, :, :k], *logistic_regression(codes[:, :, :k], y_train))
+            scores, by_label = probe_scores(logits > 0, y_test)
+            probes.append({"k": k, **scores})
+            f1.append(by_label)
+        splits = 1 + (torch.stack(f1).diff(dim=0) > 0.03).cumprod(dim=0).sum(0)
+        is_split = (difference.gather(1, top) > 0) & (torch.arange(top.shape[1]) < splits[:, None])
+        main_silent = positives & (codes_test[:, :, -1] == 0)
+        missed = main_silent & ~((codes_test[:, :, :-1] > 0) & is_split[:, None]).any(dim=2)
         absorbed = torch.stack([n_absorbed(sae, x_test[rows], p, along) for rows, along in zip(missed, w)])
         absorbed = absorbed / positives.sum(1)
-        main_silent = (positives & silent[:, :, -1]).sum(1) / positives.sum(1)
-        probes = [{"k": k, "accuracy": mean_known(score["accuracy"]), "f1": mean_known(score["f1"])}
-                  for k, score in enumerate(scores, 1)]
-        prefixes.append({"latents": p, "probes": probes, "absorption": mean_known(absorbed),
-                         "main_silent": mean_known(main_silent),
-                         "absorption_by_label": [mean_known(rate) for rate in absorbed],
-                         "splitting": mean_known(splits.float())})
-    erasure = [erase(sae, n, difference, x_test, y_test, w, raw) for n in erased if n <= len(sae.b_enc)]
-    score = probe_scores(raw > 0, y_test)
-    return {"rows": len(order), "prefixes": prefixes, "erasure": erasure,
-            "raw": {"accuracy": mean_known(score["accuracy"]), "f1": mean_known(score["f1"])}}
+        figures["prefixes"].append({
+            "latents": p, "probes": probes, "absorption": mean_known(absorbed),
+            "main_silent": mean_known(main_silent.sum(1) / positives.sum(1)),
+            "absorption_by_label": [mean_known(rate) for rate in absorbed],
+            "splitting": float(splits.float().mean())})
+    return figures
 
 
 def logistic_regression(x, y, l2=1e-3, steps=100):
@@ -1110,11 +1110,9 @@ def probe_logits(x, w, b):
 
 
 def probe_scores(seen, y):
-    """Accuracy, balanced accuracy and F1 of predictions ``seen`` (C, n) of ``y`` (n, C), each (C,)."""
-    hit, y = seen & y.T, y.T
-    recall, rejected = hit.sum(1) / y.sum(1), (~seen & ~y).sum(1) / (~y).sum(1)
-    return {"accuracy": (seen == y).float().mean(1), "balanced": (recall + rejected) / 2,
-            "f1": 2 * hit.sum(1) / (seen.sum(1) + y.sum(1))}
+    """Of predictions ``seen`` (C, n) of ``y`` (n, C): mean accuracy and F1, and the F1 of each label (C,)."""
+    f1 = 2 * (seen & y.T).sum(1) / (seen.sum(1) + y.sum(0))
+    return {"accuracy": float((seen == y.T).float().mean()), "f1": float(f1.mean())}, f1
 
 
 def n_absorbed(sae, rows, prefix, along):
@@ -1126,28 +1124,10 @@ def n_absorbed(sae, rows, prefix, along):
     return n
 
 
-def codes_of(sae, rows, latents):
-    """Codes of ``rows`` (n, D) by the ``latents`` (C, m): (C, n, m)."""
-    return torch.cat([sae.encode(part)[:, latents] for part in rows.split(2048)]).movedim(0, 1)
-
-
 def mean_known(values):
     """Mean of those that are not NaN, None if there are none."""
     mean = float(values.nanmean())
     return None if math.isnan(mean) else mean
-
-
-def erase(sae, n, difference, x, y, w, raw):
-    """Balanced accuracy that raw probes ``w`` (C, D) lose without a label's top ``n`` latents: own, others'.
-    Top by difference x (decoder row . probe). After SAEBench's targeted probe perturbation, arXiv 2503.09532,
-    which takes them out of the reconstruction."""
-    top, falls = (difference * (w @ sae.W_dec.T)).topk(n, dim=1).indices, []
-    before = probe_scores(raw > 0, y)["balanced"]
-    for latents, codes in zip(top, codes_of(sae, x, top)):
-        left = raw - (codes @ (sae.W_dec[latents] @ w.T)).T
-        falls.append(before - probe_scores(left > 0, y)["balanced"])  # of all probes, this label erased
-    total, own = float(torch.stack(falls).sum()), float(torch.stack(falls).trace())
-    return {"latents": n, "own": own / len(w), "others": (total - own) / max(1, len(w) * (len(w) - 1))}
 
 
 @torch.no_grad()
