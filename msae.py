@@ -26,7 +26,6 @@ import math
 import mmap
 import os
 import re
-import shutil
 import signal
 import time
 import warnings
@@ -37,7 +36,6 @@ import numpy as np
 import safetensors.torch
 import torch
 from torch import distributed, nn
-
 
 __version__ = "1.0.0"
 
@@ -133,10 +131,9 @@ FRACTIONS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)  # the widths of Bussmann et al.'
 def prefix_lengths(n_latents, prefixes=None):
     """Increasing lengths that end in ``n_latents``, of such or of fractions that end in 1 (``FRACTIONS``)."""
     given = FRACTIONS if prefixes is None else tuple(prefixes)
-    increasing = len(given) > 0 and all(a < b for a, b in zip((0, *given), given))
-    lengths = increasing and given[-1] == n_latents and all(p == int(p) for p in given)
-    rule = f"prefixes must increase and end in n_latents={n_latents}, or as fractions in 1"
-    _require(increasing and (lengths or given[-1] == 1), rule, given)
+    rising = len(given) > 0 and all(a < b for a, b in zip((0, *given), given))
+    lengths = rising and given[-1] == n_latents and all(p == int(p) for p in given)
+    _require(rising and (lengths or given[-1] == 1), f"prefixes must rise to {n_latents} or 1", given)
     return tuple(sorted({int(p) if lengths else max(1, round(p * n_latents)) for p in given}))
 
 
@@ -386,8 +383,7 @@ class Trainer:
     @torch.no_grad()
     def observe(self, values, index, loss, rows):
         """Update cut, threshold, silent rows and energy by the entries kept; return the loss.
-        Processes average these and the gradients first. Threshold and energy are means over about 100 and 20
-        steps: L0 is to be steady, the order fresh."""
+        Processes average these and the gradients first."""
         F, world = len(self.energy), rank_and_world()[1]
         per_latent = self.energy.new_zeros(2, F)  # share of active rows, mean square
         entries = torch.stack([(values > 0).float(), values.square()])
@@ -400,9 +396,9 @@ class Trainer:
                 tensor /= world
             self.stop = bool(seen[-1] > 0)
         first, (active, energy), self.cut = self.steps_done == 0, seen[:-3].view(2, -1), seen[-3]
-        self.sae.threshold.lerp_(self.cut, 1.0 if first else 0.01)
+        self.sae.threshold.lerp_(self.cut, 1.0 if first else 0.01)  # a mean of about 100 steps: L0 is steady
         self.rows_silent.add_(rows * world).masked_fill_(active > 0, 0)
-        self.energy.lerp_(energy, 1.0 if first else 0.05)
+        self.energy.lerp_(energy, 1.0 if first else 0.05)  # of about 20: the order is fresh
         return seen[-2]
 
     @torch.no_grad()
@@ -610,9 +606,8 @@ def train(acts, cfg, *, device="cpu", out=None, resume=False, save_minutes=10.0,
         read_state(Path(out), fingerprint, trainer)
     rank, world = rank_and_world()
     folder = None if out is None or rank > 0 else Path(out)
-    batches = data.batches(cfg.batch_size // world, cfg.seed, trainer.steps_done, rank, world,
-                           trainer.device)
-    started, first_step = time.monotonic(), trainer.steps_done
+    first_step, started = trainer.steps_done, time.monotonic()
+    batches = data.batches(cfg.batch_size // world, cfg.seed, first_step, rank, world, trainer.device)
 
     def checkpoint():
         sae = trainer.export()
@@ -628,7 +623,7 @@ def train(acts, cfg, *, device="cpu", out=None, resume=False, save_minutes=10.0,
 
     with deferred_signals() as received:
         if folder and not resume:
-            make_folder(folder, 64 * trainer.sae.W_dec.numel())  # weights, moments and the SAE, old and new
+            make_folder(folder)
             checkpoint()
         try:
             saved = time.monotonic()
@@ -654,28 +649,23 @@ def train(acts, cfg, *, device="cpu", out=None, resume=False, save_minutes=10.0,
         return checkpoint()
 
 
-def make_folder(folder, n_bytes):
-    """Make the folder of a run, which must be empty and have room for so many bytes."""
+def make_folder(folder):
+    """Make the folder of a run, which must be empty."""
     folder.mkdir(parents=True, exist_ok=True)
     if held := [file.name for file in folder.iterdir() if file.suffix != ".tmp"]:
         raise FileExistsError(f"{folder} holds {held[0]}: choose a new or an empty output folder")
-    if n_bytes > (free := shutil.disk_usage(folder).free):
-        raise OSError(f"{folder} needs {n_bytes / 1e9:.2g} GB for checkpoints, {free / 1e9:.2g} free")
 
 
 def prepare(acts, cfg, device):
     """(new trainer, rows to train on, rows for the final threshold, what marks such a run)."""
-    data = Rows(acts).within(cfg.max_norm)
-    data, aside = data.split_off(0.05, cfg.seed)  # trained on, they would let too few entries pass
+    data, aside = Rows(acts).within(cfg.max_norm).split_off(0.05, cfg.seed)  # trained on, they let few pass
     n, world, sample = len(data), rank_and_world()[1], data.split_off(1.0, cfg.seed)[1].read()
     _require(cfg.batch_size % world == 0, f"batch_size must be a multiple of {world}", cfg.batch_size)
-    fits = n >= cfg.batch_size and len(data.blocks) >= world
-    _require(fits, f"batch_size must be at most the number of training rows {n}", cfg.batch_size)
+    _require(cfg.batch_size <= n, f"batch_size must be at most {n}, the training rows", cfg.batch_size)
     mean = sample.mean(dim=0, dtype=torch.float64)
     spread = (sample - mean).norm(dim=0) / len(sample) ** 0.5  # of each dimension
-    least = max(1e-18, 1e-6 * float(mean.norm()))
-    rule = f"rows must differ: their rms distance from the mean must lie in ({least:.1g}, 1e18)"
-    _require(least < float(spread.norm()) < 1e18, rule, float(spread.norm()))
+    least, size = max(1e-18, 1e-6 * float(mean.norm())), float(spread.norm())
+    _require(least < size < 1e18, f"rows must differ, by an rms distance in ({least:.1g}, 1e18)", size)
     stretch = (spread / (10 * spread[spread > 0].median())).clamp_min(1.0)  # a few would hide all the others
     scale = stretch * (spread / stretch).norm()
     fingerprint = {**dataclasses.asdict(cfg), "rows": n, "processes": world,
@@ -698,22 +688,20 @@ def read_state(folder, fingerprint, trainer):
 @contextlib.contextmanager
 def deferred_signals():
     """Collect SIGINT, SIGTERM, SIGHUP, if not ignored; raise the first at the end. A second SIGINT acts."""
-    received, before = [], {}
+    received = []
 
     def note(number, frame):
+        if number == signal.SIGINT and number in received:
+            raise KeyboardInterrupt
         received.append(number)
-        signal.signal(number, before[number] if number == signal.SIGINT else note)
 
-    with contextlib.suppress(ValueError):  # only the main thread can set handlers
-        for name in {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal)):  # Windows has no SIGHUP
-            number = getattr(signal, name)
-            if signal.getsignal(number) != signal.SIG_IGN:
-                before[number] = signal.signal(number, note) or signal.SIG_DFL
-    try:
+    with contextlib.ExitStack() as at_end:
+        with contextlib.suppress(ValueError):  # only the main thread can set handlers
+            for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
+                if (before := signal.getsignal(number)) != signal.SIG_IGN:
+                    signal.signal(number, note)
+                    at_end.callback(signal.signal, number, before or signal.SIG_DFL)
         yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
     if received:
         signal.raise_signal(received[0])
 
@@ -742,15 +730,14 @@ class Rows:
         if isinstance(source, Rows):
             vars(self).update(vars(source))
             return
-        is_folder = isinstance(source, (str, os.PathLike)) and os.path.isdir(source)
-        files = sorted(Path(source).glob("*.npy")) if is_folder else [source]
-        files = [file for file in files if not (is_folder and file.name.endswith(".ids.npy"))]  # of harvest
+        files = [source]
+        if isinstance(source, (str, os.PathLike)) and os.path.isdir(source):  # with the ids of harvest
+            files = [file for file in sorted(Path(source).glob("*.npy")) if not file.match("*.ids.npy")]
         _require(files, f"{source} must be a .npy file or a folder of them", "a folder without any")
         parts = [as_rows(file) for file in files]
         D = parts[0].shape[1]
-        for part in parts:
-            rule = f"{getattr(part, 'filename', source)} must be {D} wide"
-            _require(part.shape[1] == D, rule, part.shape[1])
+        for file, part in zip(files, parts):
+            _require(part.shape[1] == D, f"{file} must be {D} wide", part.shape[1])
         self.dtype = np.dtype("f2" if all(part.dtype == "f2" for part in parts) else "f4")  # in memory
         self.d_model, self.row_bytes = D, D * self.dtype.itemsize
         self.block = min(BLOCK, max(1, BLOCK_BYTES // self.row_bytes), -(-sum(map(len, parts)) // 64))
@@ -771,14 +758,14 @@ class Rows:
         chosen, sample = Rows(self), self.split_off(1.0, 0)[1].read()
         chosen.limited, chosen.centre = True, sample.median(dim=0).values
         distance = (sample - chosen.centre).norm(dim=1)
-        median = float(distance.median())
-        far = float((distance > max_norm * median).float().mean())
-        chosen.radius = max_norm * median if median > 0 and far <= 0.05 else math.inf
-        if far and median > 0:
+        most = max_norm * float(distance.median()) or math.inf  # where most rows are the same
+        far, times = float((distance > most).float().mean()), max_norm * float(distance.max()) / most
+        few = far <= 0.05
+        chosen.radius = most if few else math.inf
+        if far:
             warnings.warn(f"{far:.2%} of {len(sample):,} sampled rows lie over {max_norm:g} times the median "
-                          f"distance from the median row, up to {distance.max() / median:,.0f} times: "
-                          f"{'left out (max_norm)' if far <= 0.05 else 'too many to leave out'}",
-                          stacklevel=3)
+                          f"distance from the median row, up to {times:,.0f} times: "
+                          f"{'left out (max_norm)' if few else 'too many to leave out'}", stacklevel=3)
         return chosen
 
     def keep(self, numbers):
@@ -805,16 +792,12 @@ class Rows:
         memory, end = np.empty((len(self), self.d_model), self.dtype) if memory is None else memory, 0
         for part, start, stop in self.blocks:
             block, end = memory[end:end + stop - start], end + stop - start
-            if not isinstance(part, np.memmap):
-                block[:] = part[start:stop]
-                continue
-            with open(part.filename, "rb", buffering=0) as file:  # a map takes memory and dies with its file
-                file.seek(part.offset + start * part.strides[0])
-                numbers = block if part.dtype == self.dtype else np.empty(block.shape, part.dtype)
-                whole = file.readinto(numbers) == numbers.nbytes
-            _require(whole, f"{part.filename} must not shrink while it is read, rows", stop)
-            if numbers is not block:
-                block[:] = numbers
+            rows = part[start:stop]
+            if isinstance(part, np.memmap):  # a map takes memory and dies with its file
+                offset = part.offset + start * part.strides[0]
+                rows = np.fromfile(part.filename, part.dtype, block.size, offset=offset)
+                _require(len(rows) == block.size, f"{part.filename} must not shrink while read, row", stop)
+            block[:] = rows.reshape(block.shape)
         return torch.from_numpy(memory[:end])
 
     def too_far(self, rows):
@@ -884,11 +867,10 @@ def as_rows(source):
     if isinstance(array, torch.Tensor):
         with reading("the tensor", "one of rows"):  # a sparse one, a meta one
             array = (array.float() if array.dtype == torch.bfloat16 else array).detach().cpu().numpy()
-    plain = isinstance(array, np.ndarray) and not isinstance(array, np.ma.MaskedArray)
-    _require(plain, "rows must be an array, a tensor or a path", type(array).__name__)
+    _require(type(array) in (np.ndarray, np.memmap), "rows must be an array, a tensor or a path", type(array))
     sound = array.dtype.kind == "f" and array.dtype.itemsize <= 8 and array.ndim in (2, 3) and array.size > 0
-    rule = f"{getattr(array, 'filename', 'the array')} must hold floats (rows, D) or (docs, positions, D)"
-    _require(sound, rule, f"{array.dtype} {array.shape}")
+    name, found = getattr(array, "filename", "the array"), f"{array.dtype} {array.shape}"
+    _require(sound, f"{name} must hold floats (rows, D) or (docs, positions, D)", found)
     whole_file = isinstance(array.base, mmap.mmap) and array.flags.c_contiguous and array.mode != "c"
     return (array if whole_file else np.asarray(array)).reshape(-1, array.shape[-1])
 
@@ -919,12 +901,10 @@ def write(path, content):
     temporary = Path(path).with_name(f".{Path(path).name}.tmp")
     try:
         with open(temporary, "wb") as file:
-            if isinstance(content, bytes):
-                file.write(content)
-            elif temporary.match("*.pt.tmp"):
+            if temporary.match("*.pt.tmp"):
                 torch.save(content, file)
             else:
-                file.write(json.dumps(content, indent=2).encode())
+                file.write(content if isinstance(content, bytes) else json.dumps(content, indent=2).encode())
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -957,18 +937,16 @@ def evaluate(sae, rows, batch_size=4096, on_rows=lambda done: None):
     hold 90 % of the variance, and the FVU of the others; ``frequencies``: how many latents fire on a share
     in [edge, next); ``remarks``."""
     rows, levels, device, done, seen = Rows(rows), sae.prefixes, sae.b_dec.device, 0, 0
-    sizes, error = np.diff(levels, prepend=0).tolist(), np.zeros(len(levels))
+    sizes = np.diff(levels, prepend=0).tolist()
     fired = torch.zeros(len(sae.b_enc), dtype=torch.long, device=device)  # rows where each latent is on
-    sums, squares, errors = torch.zeros(3, rows.d_model, dtype=torch.float64)  # by dimension
+    sums, squares, *errors = torch.zeros(2 + len(levels), rows.d_model, dtype=torch.float64)  # by dimension
     for part in rows.parts(batch_size):
         x = part.read().to(device)
         acts, recon = sae.encode(x), sae.b_dec
         fired += (acts > 0).sum(dim=0)
-        for i, (block, W_dec) in enumerate(zip(acts.split(sizes, dim=1), sae.W_dec.split(sizes))):
+        for error, block, W_dec in zip(errors, acts.split(sizes, dim=1), sae.W_dec.split(sizes)):
             recon = recon + block @ W_dec
-            by_dim = (x - recon).square().sum(dim=0).cpu().double()
-            error[i] += float(by_dim.sum())
-        errors += by_dim
+            error += (x - recon).square().sum(dim=0).cpu().double()
         offset = (x - sae.b_dec).cpu().double()  # near the mean, so that the variance does not cancel
         sums += offset.sum(dim=0)
         squares += offset.square().sum(dim=0)
@@ -976,14 +954,14 @@ def evaluate(sae, rows, batch_size=4096, on_rows=lambda done: None):
         on_rows(seen)
     variance, share = squares - sums.square() / done, fired.cpu().double() / done
     total, (largest, order) = float(variance.sum()), variance.sort(descending=True)
-    sound = total > 1e-12 * float(squares.sum()) and np.isfinite(error).all()
+    sound = total > 1e-12 * float(squares.sum()) and torch.stack(errors).isfinite().all()
     _require(sound, "rows must differ, within max_norm and 1e18: the sum of their variances", total)
     n = 1 + int((largest.cumsum(0) < 0.9 * total).sum())
     others = float(largest[n:].sum())
     massive = {"dims": n, "share": 1 - others / total,
-               "fvu_of_others": float(errors[order[n:]].sum()) / others if others > 0 else None}
-    prefixes = [{"latents": p, "fvu": e / total, "l0": float(share[:p].sum()),
-                 "max_cosine": max_cosine(sae.W_dec[:p])} for p, e in zip(levels, error.tolist())]
+               "fvu_of_others": float(errors[-1][order[n:]].sum()) / others if others > 0 else None}
+    prefixes = [{"latents": p, "fvu": float(error.sum()) / total, "l0": float(share[:p].sum()),
+                 "max_cosine": max_cosine(sae.W_dec[:p])} for p, error in zip(levels, errors)]
     counts, edges = np.histogram(share[share > 0].log10().numpy(), bins=16, range=(-8, 0))
     figures = {"rows": done, "left_out": len(rows) - done, **prefixes[-1],
                "dead": float((share == 0).double().mean()), "massive": massive, "prefixes": prefixes,
@@ -1197,7 +1175,8 @@ class FeatureTree:
     def __init__(self, spec, d_model=None, norm_std=0.05, seed=0):
         self.nodes = []      # (parent, draw, low, high, read out, binary), on if low <= draws[draw] < high
         self.parent_of = []  # for each feature the feature above it, or None
-        self._add("tree", spec, None, None, None, 0.0)
+        with reading("tree", "a tree of features"):
+            self._add("tree", None, None, None, 0.0, **spec)
         n, self.d_model = len(self.parent_of), d_model or len(self.parent_of)
         _require(1 <= n <= self.d_model <= 2048, f"d_model must be in [1, 2048], at least {n}", self.d_model)
         generator = torch.Generator().manual_seed(seed)
@@ -1205,15 +1184,10 @@ class FeatureTree:
         self.directions = basis[:n] * (1 + norm_std * torch.randn(n, 1, generator=generator))
         self.pairs = [(p, c) for c, p in enumerate(self.parent_of) if p is not None]  # (parent, child)
 
-    def _add(self, path, spec, *place):
-        try:
-            self._add_node(path, *place, **spec)
-        except (TypeError, RecursionError) as error:  # Python's words for an unknown or missing key
-            raise ValueError(f"{path}: {one_line(error)}") from None
-
-    def _add_node(self, path, parent, feature, draw, low, /, active_prob, is_read_out=True, is_binary=True,
-                  mutually_exclusive_children=False, children=(), id=None):
-        _require(0 <= active_prob <= 1, f"{path}.active_prob must lie in [0, 1]", active_prob)
+    def _add(self, path, parent, feature, draw, low, /, active_prob, is_read_out=True, is_binary=True,
+             mutually_exclusive_children=False, children=(), id=None):
+        sound = isinstance(active_prob, int | float) and 0 <= active_prob <= 1
+        _require(sound, f"{path}.active_prob must lie in [0, 1]", repr(active_prob))
         for flag in (is_read_out, is_binary, mutually_exclusive_children):
             _require(isinstance(flag, bool), f"{path}: its flags must be true or false", flag)
         node, low_of_child = len(self.nodes), 0.0
@@ -1223,10 +1197,9 @@ class FeatureTree:
             feature = len(self.parent_of) - 1
         shared = node + 1 if mutually_exclusive_children else None  # the draw of the first child
         for i, child in enumerate(children):
-            self._add(f"{path}.children[{i}]", child, node, feature, shared, low_of_child)
+            self._add(f"{path}.children[{i}]", node, feature, shared, low_of_child, **child)
             low_of_child += child["active_prob"] if mutually_exclusive_children else 0.0
-        rule = f"{path}.children exclude each other: active_prob may sum to 1"
-        _require(low_of_child <= 1 + 1e-9, rule, low_of_child)
+        _require(low_of_child < 1 + 1e-9, f"{path}.children exclude each other: may sum to 1", low_of_child)
 
     def sample_features(self, n, generator):
         """Feature activations (n, n_features): one uniform draw a node, or a set of exclusive siblings."""
@@ -1331,31 +1304,30 @@ def activation_hook(module, at="output", replace=None, stop=False):
     ``replace``: a function of that tensor whose result takes its place. ``stop``: end the forward pass.
     ``ValueError`` where the module is not called."""
     _require(at in ("input", "output"), 'at must be "input" or "output"', repr(at))
-    captured = []
+    captured, name = [], type(module).__name__
 
     def hook(module, args, kwargs, *output):
         whole = output[0] if output else args or tuple(kwargs.values()) or None
         first, *rest = whole if isinstance(whole, tuple) else (whole,)
-        rule = f"the {at} of {type(module).__name__} must be a tensor or start with one"
-        _require(isinstance(first, torch.Tensor), rule, type(first).__name__)
+        _require(isinstance(first, torch.Tensor), f"{name}: its {at} must start with a tensor", type(first))
         captured.append(first.detach())
         if stop:
             raise _Stop
-        if replace is not None:
-            new = (replace(first).to(first), *rest)
-            if output:
-                return new if isinstance(whole, tuple) else new[0]
-            return (new, kwargs) if args else ((), dict(zip(kwargs, new)))
+        if replace is None:
+            return None
+        new = (replace(first).to(first), *rest)
+        if output:
+            return new if isinstance(whole, tuple) else new[0]
+        return (new, kwargs) if args else ((), dict(zip(kwargs, new)))
 
     register = module.register_forward_pre_hook if at == "input" else module.register_forward_hook
     handle = register(hook, with_kwargs=True)
     try:
-        yield captured
-        _require(captured, f"{type(module).__name__} must be called in this context, calls", 0)
-    except _Stop:
-        pass
+        with contextlib.suppress(_Stop):
+            yield captured
     finally:
         handle.remove()
+    _require(captured, f"{name} must be called in this context, calls", 0)
 
 
 @torch.no_grad()

@@ -803,8 +803,8 @@ def test_toy_config_is_the_published_tree():
 
 
 @pytest.mark.parametrize("spec, names", [
-    ([], "tree: "), ({"active_prob": 1.5}, "tree.active_prob"), ({"children": []}, "d_model"),
-    ({"children": 3}, "tree: "), ({"prob": 1}, "'prob'"), ({"is_binary": 1}, "its flags"),
+    ([], "tree is not"), ({"active_prob": 1.5}, "tree.active_prob"), ({"children": []}, "d_model"),
+    ({"children": 3}, "tree is not"), ({"prob": 1}, "'prob'"), ({"is_binary": 1}, "its flags"),
     ({"children": [TREE, {"active_prob": "x"}]}, "tree.children[1]"),
     ({"mutually_exclusive_children": True, "children": [TREE, TREE]}, "tree.children exclude")])
 def test_a_bad_tree_is_refused_by_field(spec, names):
