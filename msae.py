@@ -12,9 +12,8 @@ D model width, F latents, P prefixes. Not included: L1 and gated SAEs, transcode
 Sections 1 to 4 are the whole method, literally, but for the gradients of ``batch_loss``, which 5 makes fast.
 Around them: 6 runs, 7 files, 8 metrics, 9 the toy, 10 language models.
 
-Sources: nested loss: Bussmann et al. 2025, arXiv 2503.17547; Pareto prefixes, energy order, the toy:
-noanabeshima/matryoshka-saes; BatchTopK: Bussmann et al. 2024, arXiv 2412.06410; AuxK: Gao et al. 2024,
-arXiv 2406.04093.
+From arXiv: nested loss: Bussmann et al., 2503.17547; BatchTopK: Bussmann et al., 2412.06410; AuxK: Gao et
+al., 2406.04093. From noanabeshima/matryoshka-saes: Pareto prefixes, energy order, the toy.
 """
 
 import contextlib
@@ -25,7 +24,6 @@ import json
 import math
 import mmap
 import os
-import re
 import signal
 import time
 import warnings
@@ -54,8 +52,7 @@ SAELENS = {"architecture": "jumprelu", "normalize_activations": "none", "reshape
 
 
 class MatryoshkaSAE(nn.Module):
-    """Sparse autoencoder, of which every prefix of latents is one too. ``W_dec`` starts as random unit rows,
-    ``W_enc`` as its transpose. ``acts = encode(x)``, ``recon = decode(acts)``, as at the top of the file."""
+    """The sparse autoencoder above. ``W_dec`` starts as random unit rows, ``W_enc`` as its transpose."""
 
     def __init__(self, d_model, n_latents, prefixes=None, generator=None):
         super().__init__()
@@ -91,19 +88,17 @@ class MatryoshkaSAE(nn.Module):
     def save(self, folder):
         """Write weights and ``cfg.json`` into ``folder``, as SAELens 6 loads them (``load_from_disk``)."""
         metadata = {**self.metadata, "sae_lens_version": "6.0.0", "prefixes": list(self.prefixes)}
-        cfg = json.dumps({**SAELENS, "d_in": len(self.b_dec), "d_sae": len(self.b_enc), "dtype": "float32",
-                          "apply_b_dec_to_input": True, "device": "cpu", "metadata": metadata}, indent=2)
+        cfg = {**SAELENS, "d_in": len(self.b_dec), "d_sae": len(self.b_enc), "dtype": "float32",
+               "apply_b_dec_to_input": True, "device": "cpu", "metadata": metadata}
         tensors = {name: tensor.float().cpu().contiguous() for name, tensor in self.state_dict().items()}
         Path(folder).mkdir(parents=True, exist_ok=True)
         write(Path(folder, WEIGHTS), safetensors.torch.save(tensors))
-        write(Path(folder, CONFIG), cfg.encode())
+        write(Path(folder, CONFIG), cfg)
 
     @classmethod
     def load(cls, source, device="cpu", revision=None):
-        """Read a JumpReLU SAE, of ``save`` or of SAELens, from a folder or the Hub's "user/name".
-        ``ValueError`` names what is missing, foreign, misshapen or not finite."""
-        on_hub = isinstance(source, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", source)
-        on_hub = on_hub and not Path(source).parent.is_dir()
+        """Read a JumpReLU SAE, of ``save`` or of SAELens, from a folder or the Hub's "user/name"."""
+        on_hub = isinstance(source, str) and source.count("/") == 1 and not Path(source).parent.is_dir()
         _require(on_hub or not revision, f"revision needs a Hub repository, {source} is none", revision)
         folder = download(source, [CONFIG, WEIGHTS], revision) if on_hub else Path(source)
         with reading(folder, "a JumpReLU checkpoint of SAELens"):
@@ -125,12 +120,10 @@ class MatryoshkaSAE(nn.Module):
 # The method as pure functions, each its literal formula; autograd gives the gradients.
 # Uses torch alone.
 
-FRACTIONS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)  # the widths of Bussmann et al.'s code
-
 
 def prefix_lengths(n_latents, prefixes=None):
-    """Increasing lengths that end in ``n_latents``, of such or of fractions that end in 1 (``FRACTIONS``)."""
-    given = FRACTIONS if prefixes is None else tuple(prefixes)
+    """Rising lengths up to ``n_latents``, of such or of fractions up to 1 (by default Bussmann et al.'s)."""
+    given = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0) if prefixes is None else tuple(prefixes)
     rising = len(given) > 0 and all(a < b for a, b in zip((0, *given), given))
     lengths = rising and given[-1] == n_latents and all(p == int(p) for p in given)
     _require(rising and (lengths or given[-1] == 1), f"prefixes must rise to {n_latents} or 1", given)
@@ -196,7 +189,7 @@ class TrainConfig:
 
     n_latents: int
     k: float = 30.0  # active latents per row, on average; need not be whole
-    prefixes: tuple | None = None  # lengths up to n_latents, or fractions up to 1; None: FRACTIONS
+    prefixes: tuple | None = None  # lengths up to n_latents, or fractions up to 1; None: doubling from 1/16
     n_prefixes: int | None = None  # instead: sample this many at every step (Pareto)
     pareto_power: float = 0.5  # towards 0 favours short prefixes, 1 is uniform
     level_weights: tuple | None = None  # w_p, scaled to sum 1; None: all equal
@@ -233,14 +226,13 @@ class TrainConfig:
         if self.lr is None:  # sweeps: README
             rate = 0.0165 * (self.batch_size / self.steps) ** 0.25 / self.n_latents ** (1 / 6)
             object.__setattr__(self, "lr", min(0.01, rate))
-        F, k_start, window = self.n_latents, self.k_start or self.k, self.prune_window
+        F, window = self.n_latents, self.prune_window
         n_prefixes, weights = self.n_prefixes or len(self.prefix_lengths()), self.weights()
+        for name, most in dict(k=F, k_start=F, n_prefixes=F, pareto_power=1, decay_fraction=1).items():
+            value = getattr(self, name) or 0
+            _require(value <= most, f"{name} must be at most {most}", value)
         for name, ok, rule in (
-            ("k", self.k <= F, f"be at most n_latents={F}"),
-            ("k", round(min(self.k, k_start) * self.batch_size) >= 1, "keep at least one entry of a batch"),
-            ("k_start", k_start <= F, f"be at most n_latents={F}"),
             ("k_anneal_steps", self.k_anneal_steps > 0 or not self.k_start, "be at least 1 with k_start"),
-            ("n_prefixes", n_prefixes <= F, f"be at most n_latents={F}"),
             ("n_prefixes", not self.n_prefixes or self.prefixes is None, "not be given with prefixes"),
             ("level_weights", len(weights) == n_prefixes and any(weights), "be one a prefix, not all 0"),
             ("order", self.order in ("stored", "energy"), 'be "stored" or "energy"'),
@@ -248,8 +240,6 @@ class TrainConfig:
             ("n_latents_start", (self.n_latents_start or F) >= F, f"be at least n_latents={F}"),
             ("prune_window", len(window) == 2 and window[0] < window[1] <= 1, "be two fractions a < b"),
             ("dtype", self.dtype in (None, "float32", "bfloat16", "float16"), "be (b)float16 or float32"),
-            ("pareto_power", self.pareto_power <= 1, "be at most 1"),
-            ("decay_fraction", self.decay_fraction <= 1, "be at most 1"),
         ):
             _require(ok, f"{name} must {rule}", getattr(self, name))
 
@@ -463,12 +453,11 @@ class Trainer:
 
     def load_state_dict(self, state):
         """Go on from ``state``, of a trainer with the same config and rows: bit for bit on the CPU."""
-        self.steps_done = state["steps_done"]
         self.rearrange(len(state["energy"]))
-        for name in ("sae", "optimizer"):
-            getattr(self, name).load_state_dict(state[name])
-        for name in ("rows_silent", "energy", "cut"):
-            setattr(self, name, state[name].to(self.device))
+        self.sae.load_state_dict(state["sae"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        for name in ("steps_done", "rows_silent", "energy", "cut"):
+            setattr(self, name, state[name])
 
 
 @torch.no_grad()
@@ -596,9 +585,8 @@ def train(acts, cfg, *, device="cpu", out=None, resume=False, save_minutes=10.0,
     """Train on the rows ``acts`` (see ``Rows``); return the SAE for raw activations.
     ``out``: a new or empty folder for metrics and checkpoint, written at the start, every ``save_minutes``
     and however the loop ends; ``resume`` goes on there, if anything is saved. Signals act after a step.
-    ``on_log`` gets {"step", "loss", "fvu", "l0", "dead", "threshold", "rows_per_second"}. ``metadata``: what
-    the checkpoint is to say. Under torch.distributed each process takes its share of every batch.
-    ``ValueError`` for bad rows, and settings or rows other than those resumed; ``OSError`` for ``out``."""
+    ``on_log`` gets the figures of ``measure``, and {"step", "loss", "rows_per_second"}. ``metadata``: for the
+    checkpoint. ``ValueError`` for bad rows, and settings or rows other than those resumed."""
     _require(not resume or out is not None, "resume needs out, the folder to go on in", out)
     trainer, data, aside, fingerprint = prepare(acts, cfg, device)
     resume = resume and Path(out, STATE).exists()
@@ -612,8 +600,7 @@ def train(acts, cfg, *, device="cpu", out=None, resume=False, save_minutes=10.0,
     def checkpoint():
         sae = trainer.export()
         sae.metadata.update(metadata or {})
-        if trainer.steps_done and len(aside):
-            calibrate(sae, aside, cfg.k)
+        calibrate(sae, aside, cfg.k)
         if folder:
             with open(folder / METRICS, "ab") as log:
                 write(folder / STATE, {"fingerprint": fingerprint, "log_bytes": log.tell(),
@@ -623,7 +610,9 @@ def train(acts, cfg, *, device="cpu", out=None, resume=False, save_minutes=10.0,
 
     with deferred_signals() as received:
         if folder and not resume:
-            make_folder(folder)
+            folder.mkdir(parents=True, exist_ok=True)
+            if held := [file.name for file in folder.iterdir() if file.suffix != ".tmp"]:
+                raise FileExistsError(f"{folder} holds {held[0]}: choose a new or an empty output folder")
             checkpoint()
         try:
             saved = time.monotonic()
@@ -649,13 +638,6 @@ def train(acts, cfg, *, device="cpu", out=None, resume=False, save_minutes=10.0,
         return checkpoint()
 
 
-def make_folder(folder):
-    """Make the folder of a run, which must be empty."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if held := [file.name for file in folder.iterdir() if file.suffix != ".tmp"]:
-        raise FileExistsError(f"{folder} holds {held[0]}: choose a new or an empty output folder")
-
-
 def prepare(acts, cfg, device):
     """(new trainer, rows to train on, rows for the final threshold, what marks such a run)."""
     data, aside = Rows(acts).within(cfg.max_norm).split_off(0.05, cfg.seed)  # trained on, they let few pass
@@ -676,7 +658,7 @@ def prepare(acts, cfg, device):
 def read_state(folder, fingerprint, trainer):
     """Put trainer and metrics where they were; ``ValueError`` names what of settings or rows differs."""
     with reading(folder / STATE, "the state of such a run"):
-        state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
+        state = torch.load(folder / STATE, map_location=trainer.device, weights_only=True)
         for name, value in fingerprint.items():
             was = state["fingerprint"].get(name)
             _require(was == value, f"{name} must be as in the run to resume, {was}", value)
@@ -749,10 +731,8 @@ class Rows:
         return sum(stop - start for _, start, stop in self.blocks)
 
     def within(self, max_norm):
-        """The same rows, but those further from the median row than ``max_norm`` times the median distance,
-        by a sample, are left out wherever rows are read: a few massive ones (the first tokens of many
-        language models) ruin an SAE. More than 5 % are not left out. A limit set before stays."""
-        _require(max_norm >= 1, "max_norm must be at least 1", max_norm)
+        """All rows but those further from the median row than ``max_norm`` times the median distance, by a
+        sample, unless over 5 % are: a few massive ones ruin an SAE. A limit set before stays."""
         if self.limited:
             return self
         chosen, sample = Rows(self), self.split_off(1.0, 0)[1].read()
@@ -786,7 +766,6 @@ class Rows:
         far = self.too_far(rows)
         return (rows[~far] if far.any() else rows).float()
 
-    @np.errstate(over="ignore")  # of float64
     def read_all(self, memory=None):
         """All rows (n, D), in ``memory`` if given, as float16 if that is what all files hold, or float32."""
         memory, end = np.empty((len(self), self.d_model), self.dtype) if memory is None else memory, 0
@@ -831,8 +810,7 @@ class Rows:
                 (rows, order), ahead = ahead.result(), thread.submit(next, pools)
                 for tensor in (rows, order) if rows.is_cuda else ():  # made on another stream
                     tensor.record_stream(torch.cuda.current_stream(device))
-                ends = range(batch_size - len(batch), len(order), batch_size)
-                for taken in order.tensor_split(tuple(ends)):
+                for taken in order.tensor_split([*range(batch_size - len(batch), len(order), batch_size)]):
                     part = rows.index_select(0, taken).float()
                     batch = torch.cat([batch, part]) if len(batch) else part
                     if len(batch) == batch_size:
@@ -842,8 +820,7 @@ class Rows:
     def _pools(self, seed, skip, rank, world, device):
         """Endless (rows, the order in which they are taken), but for the first ``skip`` rows."""
         per_pool = max(1, min(POOL_BYTES // (self.block * self.row_bytes), -(-len(self.blocks) // world)))
-        shape = per_pool * self.block, self.d_model
-        memory = itertools.cycle([np.empty(shape, self.dtype), np.empty(shape, self.dtype)])  # fresh is slow
+        memory = itertools.cycle(np.empty((2, per_pool * self.block, self.d_model), self.dtype))  # used again
         for epoch in itertools.count():
             random = np.random.default_rng([seed, epoch])
             blocks = random.permutation(len(self.blocks))[rank::world]
@@ -930,12 +907,11 @@ def download(repo, names, revision=None, repo_type="model"):
 
 @torch.no_grad()
 def evaluate(sae, rows, batch_size=4096, on_rows=lambda done: None):
-    """Figures of ``sae`` over all raw ``rows`` (see ``Rows``), in one pass.
-    ``fvu = sum |x - recon|^2 / sum |x - mean|^2``, ``l0`` active latents per row, ``dead`` share of latents
-    that never fire on these ``rows`` (their number, beside those ``left_out``), ``max_cosine`` mean of the
-    largest of a decoder row with another, all but ``dead`` by prefix too; ``massive``: how few dimensions
-    hold 90 % of the variance, and the FVU of the others; ``frequencies``: how many latents fire on a share
-    in [edge, next); ``remarks``."""
+    """Figures of ``sae`` over all raw ``rows``: ``fvu = sum |x - recon|^2 / sum |x - mean|^2``;
+    ``l0`` active latents per row; ``dead`` share of latents that never fire; ``max_cosine`` mean of the
+    largest of a decoder row with another; all but ``dead`` by prefix too. Number of ``rows`` and of those
+    ``left_out``; ``massive``: how few dimensions hold 90 % of the variance, and the FVU of the others;
+    ``frequencies``: how many latents fire on a share in [edge, next); ``remarks``."""
     rows, levels, device, done, seen = Rows(rows), sae.prefixes, sae.b_dec.device, 0, 0
     sizes = np.diff(levels, prepend=0).tolist()
     fired = torch.zeros(len(sae.b_enc), dtype=torch.long, device=device)  # rows where each latent is on
@@ -963,20 +939,15 @@ def evaluate(sae, rows, batch_size=4096, on_rows=lambda done: None):
     prefixes = [{"latents": p, "fvu": float(error.sum()) / total, "l0": float(share[:p].sum()),
                  "max_cosine": max_cosine(sae.W_dec[:p])} for p, error in zip(levels, errors)]
     counts, edges = np.histogram(share[share > 0].log10().numpy(), bins=16, range=(-8, 0))
-    figures = {"rows": done, "left_out": len(rows) - done, **prefixes[-1],
-               "dead": float((share == 0).double().mean()), "massive": massive, "prefixes": prefixes,
-               "frequencies": {"edges": (10.0**edges).tolist(), "counts": counts.tolist()}}
-    return figures | {"remarks": list(remarks(sae, figures))}
-
-
-def remarks(sae, figures):
-    """Sentences on what ails the ``figures`` of ``evaluate``, and where to look."""
-    massive, D = figures["massive"], len(sae.b_dec)
-    if massive["dims"] <= max(1, D / 20) and massive["fvu_of_others"]:
-        yield (f"{massive['dims']} of {D} dimensions hold {massive['share']:.0%} of the variance; FVU of the "
-               f"others {massive['fvu_of_others']:.4f}")
+    notes = []
+    if n <= max(1, rows.d_model / 20) and others > 0:
+        notes.append(f"{n} of {rows.d_model} dimensions hold {massive['share']:.0%} of the variance; "
+                     f"FVU of the others {massive['fvu_of_others']:.4f}")
     if not sae.threshold.any():
-        yield f"only {figures['l0']:.1f} positive entries a row for k = {sae.metadata.get('k')}"
+        notes.append(f"only {prefixes[-1]['l0']:.1f} positive entries a row for k = {sae.metadata.get('k')}")
+    return {"rows": done, "left_out": len(rows) - done, **prefixes[-1],
+            "dead": float((share == 0).double().mean()), "massive": massive, "prefixes": prefixes,
+            "frequencies": {"edges": (10.0**edges).tolist(), "counts": counts.tolist()}, "remarks": notes}
 
 
 def max_cosine(W_dec, block=2048):
@@ -1023,15 +994,14 @@ def probe(sae, x, y, seed=0, max_k=5):
     latents raise F1 by more than 0.03 each; of the raw probe's true positives, ``main_silent``, the share on
     which the latent of largest difference is silent, and ``absorption``, on which it and the split ones are,
     and of the active latents the one that adds most along the probe has a cosine above 0.025 with it (after
-    Chanin et al. 2024, arXiv 2409.14507, who find that latent by its ablation). ``ValueError`` where a label
-    lacks rows with or without it."""
+    Chanin et al. 2024, arXiv 2409.14507, who find that latent by its ablation)."""
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
     x, y = x[order].float(), y[order]
     (x_train, x_test), (y_train, y_test) = x.tensor_split(2), y.tensor_split(2)
     rarest = torch.stack([labels.sum(0) for labels in (y_train, ~y_train, y_test, ~y_test)]).amin(dim=0)
     _require(rarest.all(), f"label {rarest.argmin()} needs rows with it and without it in both halves", 0)
     w, b = logistic_regression(x_train, y_train)
-    seen = probe_logits(x_test, w, b) > 0
+    seen = w @ x_test.T + b[:, None] > 0
     positives, share = y_test.T & seen, torch.where(y_train, 1 / y_train.sum(0), -1 / (~y_train).sum(0))
     # (C, F): mean activation on the rows with a label, less that on those without
     difference = sum(part.T @ sae.encode(rows) for rows, part in zip(x_train.split(2048), share.split(2048)))
@@ -1043,7 +1013,8 @@ def probe(sae, x, y, seed=0, max_k=5):
         codes, codes_test = codes.movedim(0, 1).tensor_split(2, dim=1)
         probes, f1 = [], []
         for k in range(1, top.shape[1] + 1):
-            logits = probe_logits(codes_test[:, :, :k], *logistic_regression(codes[:, :, :k], y_train))
+            w_k, b_k = logistic_regression(codes[:, :, :k], y_train)
+            logits = torch.einsum("cnk,ck->cn", codes_test[:, :, :k], w_k) + b_k[:, None]
             scores, by_label = probe_scores(logits > 0, y_test)
             probes.append({"k": k, **scores})
             f1.append(by_label)
@@ -1065,26 +1036,20 @@ def logistic_regression(x, y, l2=1e-3, steps=100):
     """One probe per label: ``x`` (n, d), or (C, n, d) of its own, ``y`` (n, C) -> (w (C, d), b (C,)).
     Mean cross-entropy of ``sigmoid(x @ w + b)`` plus ``l2 |w|^2`` on standardised inputs, by LBFGS."""
     mean, std = x.mean(dim=-2, keepdim=True), x.std(dim=-2, keepdim=True).clamp_min(1e-12)
-    x, target = (x - mean) / std, y.T.float()
-    w, b = (torch.zeros(shape, requires_grad=True) for shape in ((len(target), x.shape[-1]), (len(target),)))
+    x, y = (x - mean) / std, y.T.float()
+    w, b = (torch.zeros(shape, requires_grad=True) for shape in ((len(y), x.shape[-1]), (len(y),)))
     optimizer = torch.optim.LBFGS([w, b], max_iter=steps, line_search_fn="strong_wolfe")
 
     def loss():
         optimizer.zero_grad()
-        entropy = nn.functional.binary_cross_entropy_with_logits(probe_logits(x, w, b), target)
-        total = entropy * len(target) + l2 * w.pow(2).sum()
+        logits = (w[:, None] @ x.mT).squeeze(1) + b[:, None]
+        total = len(y) * nn.functional.binary_cross_entropy_with_logits(logits, y) + l2 * w.pow(2).sum()
         total.backward()
         return total
 
-    with torch.enable_grad():
-        optimizer.step(loss)
+    optimizer.step(loss)
     w = w.detach() / std.squeeze(-2)
     return w, b.detach() - (w * mean.squeeze(-2)).sum(dim=1)
-
-
-def probe_logits(x, w, b):
-    """``x`` (n, d) or (C, n, d), ``w`` (C, d), ``b`` (C,) -> (C, n)."""
-    return (x @ w[:, :, None]).squeeze(2) + b[:, None] if x.dim() == 3 else w @ x.T + b[:, None]
 
 
 def probe_scores(seen, y):
@@ -1169,8 +1134,7 @@ class FeatureTree:
     """A tree of features, each on only where its parent is: the toy of noanabeshima/matryoshka-saes.
     ``spec``: a node {"active_prob": given that the parent is on, "is_read_out": false for a hidden node,
     "is_binary": false for a magnitude in [0.5, 1.5), "mutually_exclusive_children": true for at most one at a
-    time, "children": [nodes], "id"}. Directions are orthogonal, with norms 1 + norm_std N(0, 1).
-    ``ValueError`` names the bad node."""
+    time, "children": [nodes], "id"}. Directions are orthogonal, with norms 1 + norm_std N(0, 1)."""
 
     def __init__(self, spec, d_model=None, norm_std=0.05, seed=0):
         self.nodes = []      # (parent, draw, low, high, read out, binary), on if low <= draws[draw] < high
@@ -1254,11 +1218,11 @@ class TinyModel(nn.Module):
     """The language model noanabeshima/tiny_model, without layer norm: ids (B, T) -> logits (B, T, V).
     The stream of layer i enters ``layers[i]``, last ``lm_head``. The original returns log-probabilities."""
 
-    def __init__(self, n_layers=4, d_model=768, n_heads=16, d_mlp=3072, n_vocab=10_000, n_positions=256):
+    def __init__(self, n_layers=4, d_model=768, d_mlp=3072, n_vocab=10_000, n_positions=256):
         super().__init__()
         self.embed = nn.Embedding(n_vocab, d_model)
         self.pos_embed = nn.Parameter(torch.zeros(1, n_positions, d_model))
-        self.torso = nn.Sequential(*(_Block(d_model, n_heads, d_mlp) for _ in range(n_layers)))
+        self.torso = nn.Sequential(*(_Block(d_model, d_mlp) for _ in range(n_layers)))
         self.lm_head = nn.Linear(d_model, n_vocab)
         self.layers = [*self.torso, self.lm_head]
 
@@ -1274,22 +1238,21 @@ class TinyModel(nn.Module):
             state = torch.load(path, map_location="cpu", weights_only=True)
             n_layers = len({key.split(".")[1] for key in state if key.startswith("torso.")})
             (n_vocab, d_model), (_, n_positions, _) = state["embed.weight"].shape, state["pos_embed"].shape
-            model = cls(n_layers, d_model, 16, len(state["torso.0.mlp.read_in.bias"]), n_vocab, n_positions)
+            model = cls(n_layers, d_model, len(state["torso.0.mlp.read_in.bias"]), n_vocab, n_positions)
             model.load_state_dict(state)
         return model.eval()
 
 
 class _Block(nn.Module):
-    def __init__(self, d_model, n_heads, d_mlp):
+    def __init__(self, d_model, d_mlp):
         super().__init__()
-        self.n_heads = n_heads
         self.attn = nn.ModuleDict({name: nn.Linear(d_model, d_model, bias=name == "O") for name in "QKVO"})
         read_in, write_out = nn.Linear(d_model, d_mlp), nn.Linear(d_mlp, d_model)
         self.mlp = nn.ModuleDict({"read_in": read_in, "write_out": write_out})
 
     def forward(self, x):
-        q, k, v = (self.attn[name](x).unflatten(-1, (self.n_heads, -1)).transpose(1, 2) for name in "QKV")
-        heads = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, heads, T, D/heads)
+        q, k, v = (self.attn[name](x).unflatten(-1, (16, -1)).transpose(1, 2) for name in "QKV")
+        heads = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, 16, T, D/16)
         x = x + self.attn["O"](heads.transpose(1, 2).flatten(-2))
         return x + self.mlp["write_out"](torch.relu(self.mlp["read_in"](x)))
 
@@ -1350,18 +1313,16 @@ def harvest(model, module, batches, out, at="output", drop=(), dtype="float16", 
         ids = inputs["input_ids"]
         mask = ~torch.isin(ids, torch.tensor(list(drop), device=device, dtype=ids.dtype))
         mask &= inputs.get("attention_mask", mask).bool()
-        tokens = torch.stack([mask.nonzero()[:, 0] + n_texts, ids[mask]], dim=1).int()
+        tokens = torch.stack([mask.nonzero()[:, 0] + n_texts, ids[mask]], dim=1).int().cpu().numpy()
         n_texts += len(ids)
         if n + len(tokens) < least:
             n += len(tokens)
             continue
         with activation_hook(module, at, stop=True) as captured:
             model(ids) if isinstance(batch, torch.Tensor) else model(**inputs)
-        shape, wanted = tuple(captured[0].shape), tuple(ids.shape)
-        _require(shape[:-1] == wanted, f"module must give a vector for each of the ids {wanted}", shape)
-        rows = captured[0][mask].to(getattr(torch, dtype))
-        _require(rows.isfinite().all(), f"activations must fit in {dtype}", "one too large, or NaN")
-        rows, tokens = rows.cpu().numpy(), tokens.cpu().numpy()
+        rows = captured[0][mask].to(getattr(torch, dtype)).cpu().numpy()
+        _require(rows.ndim == 2, "module must give a vector for each token id", tuple(captured[0].shape))
+        _require(np.isfinite(rows).all(), f"activations must fit in {dtype}", "one too large, or NaN")
         if n < len(old):  # the last batch there, made again
             was, now = old[n:], rows[:len(old) - n]
             same = was.dtype == now.dtype and np.allclose(was, now, 0.01, 0.01 * np.median(abs(now)))

@@ -64,7 +64,7 @@ def toy_settings(**changes):
 
 def tiny(n_vocab=50):
     torch.manual_seed(0)
-    model = msae.TinyModel(3, 32, 16, 64, n_vocab, 24).eval()
+    model = msae.TinyModel(3, 32, 64, n_vocab, 24).eval()
     torch.nn.init.normal_(model.pos_embed)
     return model
 
@@ -316,7 +316,7 @@ def test_schedules():
 
 
 BAD_SETTINGS = {
-    "k": [0, -1, 33, 0.001, float("nan"), True, "4", None],
+    "k": [0, -1, 33, float("nan"), True, "4", None],
     "n_latents": [0, -5, 2.5, None],
     "prefixes": [(), (4, 4, 32), (8, 4, 32), (4, 12), (4, 33), (0, 32), (-1, 32), (0.5, 0.2, 1), (4.5, 32)],
     "n_prefixes": [0, 33], "pareto_power": [0, 1.5], "order": ["sorted"], "batch_size": [0], "steps": [0],
@@ -400,9 +400,8 @@ def test_a_massive_dimension_hides_no_other_and_is_remarked_on(here):
     assert figures["massive"] == {"dims": 1, "share": pytest.approx(variance[3] / variance.sum(), rel=1e-4),
                                   "fvu_of_others": pytest.approx(others, rel=1e-3)}
     assert figures["fvu"] < 0.01 and others < 0.4 and figures["l0"] == pytest.approx(4.5, rel=0.02)
-    assert list(msae.remarks(sae, friendly)) == []
-    (remark,) = msae.remarks(sae, figures)
-    assert remark == f"1 of 16 dimensions hold 100% of the variance; FVU of the others {others:.4f}"
+    remark = f"1 of 16 dimensions hold 100% of the variance; FVU of the others {others:.4f}"
+    assert figures["remarks"] == [remark] and friendly["remarks"] == []
 
 
 def test_calibration_keeps_k_per_row():
@@ -418,7 +417,7 @@ def test_calibration_keeps_k_per_row():
     msae.calibrate(sae, data, 32)
     assert not sae.threshold.any()
     sae.metadata["k"] = 32
-    (remark,) = msae.remarks(sae, msae.evaluate(sae, data))
+    (remark,) = msae.evaluate(sae, data)["remarks"]
     assert re.fullmatch(r"only 1\d\.\d positive entries a row for k = 32", remark)
 
 
