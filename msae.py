@@ -600,7 +600,8 @@ def train(acts, cfg, *, device="cpu", out=None, resume=False, save_minutes=10.0,
     def checkpoint():
         sae = trainer.export()
         sae.metadata.update(metadata or {})
-        calibrate(sae, aside, cfg.k)
+        if trainer.steps_done:
+            calibrate(sae, aside, cfg.k)
         if folder:
             with open(folder / METRICS, "ab") as log:
                 write(folder / STATE, {"fingerprint": fingerprint, "log_bytes": log.tell(),
@@ -740,12 +741,11 @@ class Rows:
         distance = (sample - chosen.centre).norm(dim=1)
         most = max_norm * float(distance.median()) or math.inf  # where most rows are the same
         far, times = float((distance > most).float().mean()), max_norm * float(distance.max()) / most
-        few = far <= 0.05
-        chosen.radius = most if few else math.inf
+        chosen.radius = most if far <= 0.05 else math.inf
+        what = "left out (max_norm)" if far <= 0.05 else "too many to leave out"
         if far:
             warnings.warn(f"{far:.2%} of {len(sample):,} sampled rows lie over {max_norm:g} times the median "
-                          f"distance from the median row, up to {times:,.0f} times: "
-                          f"{'left out (max_norm)' if few else 'too many to leave out'}", stacklevel=3)
+                          f"distance from the median row, up to {times:,.0f} times: {what}", stacklevel=3)
         return chosen
 
     def keep(self, numbers):
