@@ -12,9 +12,8 @@ D model width, F latents, P prefixes. Not included: L1 and gated SAEs, transcode
 Sections 1 to 4 are the whole method, literally, but for the gradients of ``batch_loss``, which 5 makes fast.
 Around them: 6 runs, 7 files, 8 metrics, 9 the toy, 10 language models.
 
-Sources: nested loss: Bussmann et al. 2025, arXiv 2503.17547; Pareto prefixes, energy order, the toy:
-noanabeshima/matryoshka-saes; BatchTopK: Bussmann et al. 2024, arXiv 2412.06410; AuxK: Gao et al. 2024,
-arXiv 2406.04093.
+From arXiv: nested loss: Bussmann et al., 2503.17547; BatchTopK: Bussmann et al., 2412.06410; AuxK: Gao et
+al., 2406.04093. From noanabeshima/matryoshka-saes: Pareto prefixes, energy order, the toy.
 """
 
 import contextlib
@@ -25,8 +24,6 @@ import json
 import math
 import mmap
 import os
-import re
-import shutil
 import signal
 import time
 import warnings
@@ -37,7 +34,6 @@ import numpy as np
 import safetensors.torch
 import torch
 from torch import distributed, nn
-
 
 __version__ = "1.0.0"
 
@@ -56,8 +52,7 @@ SAELENS = {"architecture": "jumprelu", "normalize_activations": "none", "reshape
 
 
 class MatryoshkaSAE(nn.Module):
-    """Sparse autoencoder, of which every prefix of latents is one too. ``W_dec`` starts as random unit rows,
-    ``W_enc`` as its transpose. ``acts = encode(x)``, ``recon = decode(acts)``, as at the top of the file."""
+    """The sparse autoencoder above. ``W_dec`` starts as random unit rows, ``W_enc`` as its transpose."""
 
     def __init__(self, d_model, n_latents, prefixes=None, generator=None):
         super().__init__()
@@ -93,19 +88,17 @@ class MatryoshkaSAE(nn.Module):
     def save(self, folder):
         """Write weights and ``cfg.json`` into ``folder``, as SAELens 6 loads them (``load_from_disk``)."""
         metadata = {**self.metadata, "sae_lens_version": "6.0.0", "prefixes": list(self.prefixes)}
-        cfg = json.dumps({**SAELENS, "d_in": len(self.b_dec), "d_sae": len(self.b_enc), "dtype": "float32",
-                          "apply_b_dec_to_input": True, "device": "cpu", "metadata": metadata}, indent=2)
+        cfg = {**SAELENS, "d_in": len(self.b_dec), "d_sae": len(self.b_enc), "dtype": "float32",
+               "apply_b_dec_to_input": True, "device": "cpu", "metadata": metadata}
         tensors = {name: tensor.float().cpu().contiguous() for name, tensor in self.state_dict().items()}
         Path(folder).mkdir(parents=True, exist_ok=True)
         write(Path(folder, WEIGHTS), safetensors.torch.save(tensors))
-        write(Path(folder, CONFIG), cfg.encode())
+        write(Path(folder, CONFIG), cfg)
 
     @classmethod
     def load(cls, source, device="cpu", revision=None):
-        """Read a JumpReLU SAE, of ``save`` or of SAELens, from a folder or the Hub's "user/name".
-        ``ValueError`` names what is missing, foreign, misshapen or not finite."""
-        on_hub = isinstance(source, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", source)
-        on_hub = on_hub and not Path(source).parent.is_dir()
+        """Read a JumpReLU SAE, of ``save`` or of SAELens, from a folder or the Hub's "user/name"."""
+        on_hub = isinstance(source, str) and source.count("/") == 1 and not Path(source).parent.is_dir()
         _require(on_hub or not revision, f"revision needs a Hub repository, {source} is none", revision)
         folder = download(source, [CONFIG, WEIGHTS], revision) if on_hub else Path(source)
         with reading(folder, "a JumpReLU checkpoint of SAELens"):
@@ -127,16 +120,13 @@ class MatryoshkaSAE(nn.Module):
 # The method as pure functions, each its literal formula; autograd gives the gradients.
 # Uses torch alone.
 
-FRACTIONS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)  # the widths of Bussmann et al.'s code
-
 
 def prefix_lengths(n_latents, prefixes=None):
-    """Increasing lengths that end in ``n_latents``, of such or of fractions that end in 1 (``FRACTIONS``)."""
-    given = FRACTIONS if prefixes is None else tuple(prefixes)
-    increasing = len(given) > 0 and all(a < b for a, b in zip((0, *given), given))
-    lengths = increasing and given[-1] == n_latents and all(p == int(p) for p in given)
-    rule = f"prefixes must increase and end in n_latents={n_latents}, or as fractions in 1"
-    _require(increasing and (lengths or given[-1] == 1), rule, given)
+    """Rising lengths up to ``n_latents``, of such or of fractions up to 1 (by default Bussmann et al.'s)."""
+    given = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0) if prefixes is None else tuple(prefixes)
+    rising = len(given) > 0 and all(a < b for a, b in zip((0, *given), given))
+    lengths = rising and given[-1] == n_latents and all(p == int(p) for p in given)
+    _require(rising and (lengths or given[-1] == 1), f"prefixes must rise to {n_latents} or 1", given)
     return tuple(sorted({int(p) if lengths else max(1, round(p * n_latents)) for p in given}))
 
 
@@ -199,7 +189,7 @@ class TrainConfig:
 
     n_latents: int
     k: float = 30.0  # active latents per row, on average; need not be whole
-    prefixes: tuple | None = None  # lengths up to n_latents, or fractions up to 1; None: FRACTIONS
+    prefixes: tuple | None = None  # lengths up to n_latents, or fractions up to 1; None: doubling from 1/16
     n_prefixes: int | None = None  # instead: sample this many at every step (Pareto)
     pareto_power: float = 0.5  # towards 0 favours short prefixes, 1 is uniform
     level_weights: tuple | None = None  # w_p, scaled to sum 1; None: all equal
@@ -236,14 +226,13 @@ class TrainConfig:
         if self.lr is None:  # sweeps: README
             rate = 0.0165 * (self.batch_size / self.steps) ** 0.25 / self.n_latents ** (1 / 6)
             object.__setattr__(self, "lr", min(0.01, rate))
-        F, k_start, window = self.n_latents, self.k_start or self.k, self.prune_window
+        F, window = self.n_latents, self.prune_window
         n_prefixes, weights = self.n_prefixes or len(self.prefix_lengths()), self.weights()
+        for name, most in dict(k=F, k_start=F, n_prefixes=F, pareto_power=1, decay_fraction=1).items():
+            value = getattr(self, name) or 0
+            _require(value <= most, f"{name} must be at most {most}", value)
         for name, ok, rule in (
-            ("k", self.k <= F, f"be at most n_latents={F}"),
-            ("k", round(min(self.k, k_start) * self.batch_size) >= 1, "keep at least one entry of a batch"),
-            ("k_start", k_start <= F, f"be at most n_latents={F}"),
             ("k_anneal_steps", self.k_anneal_steps > 0 or not self.k_start, "be at least 1 with k_start"),
-            ("n_prefixes", n_prefixes <= F, f"be at most n_latents={F}"),
             ("n_prefixes", not self.n_prefixes or self.prefixes is None, "not be given with prefixes"),
             ("level_weights", len(weights) == n_prefixes and any(weights), "be one a prefix, not all 0"),
             ("order", self.order in ("stored", "energy"), 'be "stored" or "energy"'),
@@ -251,8 +240,6 @@ class TrainConfig:
             ("n_latents_start", (self.n_latents_start or F) >= F, f"be at least n_latents={F}"),
             ("prune_window", len(window) == 2 and window[0] < window[1] <= 1, "be two fractions a < b"),
             ("dtype", self.dtype in (None, "float32", "bfloat16", "float16"), "be (b)float16 or float32"),
-            ("pareto_power", self.pareto_power <= 1, "be at most 1"),
-            ("decay_fraction", self.decay_fraction <= 1, "be at most 1"),
         ):
             _require(ok, f"{name} must {rule}", getattr(self, name))
 
@@ -386,8 +373,7 @@ class Trainer:
     @torch.no_grad()
     def observe(self, values, index, loss, rows):
         """Update cut, threshold, silent rows and energy by the entries kept; return the loss.
-        Processes average these and the gradients first. Threshold and energy are means over about 100 and 20
-        steps: L0 is to be steady, the order fresh."""
+        Processes average these and the gradients first."""
         F, world = len(self.energy), rank_and_world()[1]
         per_latent = self.energy.new_zeros(2, F)  # share of active rows, mean square
         entries = torch.stack([(values > 0).float(), values.square()])
@@ -400,9 +386,9 @@ class Trainer:
                 tensor /= world
             self.stop = bool(seen[-1] > 0)
         first, (active, energy), self.cut = self.steps_done == 0, seen[:-3].view(2, -1), seen[-3]
-        self.sae.threshold.lerp_(self.cut, 1.0 if first else 0.01)
+        self.sae.threshold.lerp_(self.cut, 1.0 if first else 0.01)  # a mean of about 100 steps: L0 is steady
         self.rows_silent.add_(rows * world).masked_fill_(active > 0, 0)
-        self.energy.lerp_(energy, 1.0 if first else 0.05)
+        self.energy.lerp_(energy, 1.0 if first else 0.05)  # of about 20: the order is fresh
         return seen[-2]
 
     @torch.no_grad()
@@ -467,12 +453,11 @@ class Trainer:
 
     def load_state_dict(self, state):
         """Go on from ``state``, of a trainer with the same config and rows: bit for bit on the CPU."""
-        self.steps_done = state["steps_done"]
         self.rearrange(len(state["energy"]))
-        for name in ("sae", "optimizer"):
-            getattr(self, name).load_state_dict(state[name])
-        for name in ("rows_silent", "energy", "cut"):
-            setattr(self, name, state[name].to(self.device))
+        self.sae.load_state_dict(state["sae"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        for name in ("steps_done", "rows_silent", "energy", "cut"):
+            setattr(self, name, state[name])
 
 
 @torch.no_grad()
@@ -600,9 +585,8 @@ def train(acts, cfg, *, device="cpu", out=None, resume=False, save_minutes=10.0,
     """Train on the rows ``acts`` (see ``Rows``); return the SAE for raw activations.
     ``out``: a new or empty folder for metrics and checkpoint, written at the start, every ``save_minutes``
     and however the loop ends; ``resume`` goes on there, if anything is saved. Signals act after a step.
-    ``on_log`` gets {"step", "loss", "fvu", "l0", "dead", "threshold", "rows_per_second"}. ``metadata``: what
-    the checkpoint is to say. Under torch.distributed each process takes its share of every batch.
-    ``ValueError`` for bad rows, and settings or rows other than those resumed; ``OSError`` for ``out``."""
+    ``on_log`` gets the figures of ``measure``, and {"step", "loss", "rows_per_second"}. ``metadata``: for the
+    checkpoint. ``ValueError`` for bad rows, and settings or rows other than those resumed."""
     _require(not resume or out is not None, "resume needs out, the folder to go on in", out)
     trainer, data, aside, fingerprint = prepare(acts, cfg, device)
     resume = resume and Path(out, STATE).exists()
@@ -610,14 +594,13 @@ def train(acts, cfg, *, device="cpu", out=None, resume=False, save_minutes=10.0,
         read_state(Path(out), fingerprint, trainer)
     rank, world = rank_and_world()
     folder = None if out is None or rank > 0 else Path(out)
-    batches = data.batches(cfg.batch_size // world, cfg.seed, trainer.steps_done, rank, world,
-                           trainer.device)
-    started, first_step = time.monotonic(), trainer.steps_done
+    first_step, started = trainer.steps_done, time.monotonic()
+    batches = data.batches(cfg.batch_size // world, cfg.seed, first_step, rank, world, trainer.device)
 
     def checkpoint():
         sae = trainer.export()
         sae.metadata.update(metadata or {})
-        if trainer.steps_done and len(aside):
+        if trainer.steps_done:
             calibrate(sae, aside, cfg.k)
         if folder:
             with open(folder / METRICS, "ab") as log:
@@ -628,7 +611,9 @@ def train(acts, cfg, *, device="cpu", out=None, resume=False, save_minutes=10.0,
 
     with deferred_signals() as received:
         if folder and not resume:
-            make_folder(folder, 64 * trainer.sae.W_dec.numel())  # weights, moments and the SAE, old and new
+            folder.mkdir(parents=True, exist_ok=True)
+            if held := [file.name for file in folder.iterdir() if file.suffix != ".tmp"]:
+                raise FileExistsError(f"{folder} holds {held[0]}: choose a new or an empty output folder")
             checkpoint()
         try:
             saved = time.monotonic()
@@ -654,28 +639,16 @@ def train(acts, cfg, *, device="cpu", out=None, resume=False, save_minutes=10.0,
         return checkpoint()
 
 
-def make_folder(folder, n_bytes):
-    """Make the folder of a run, which must be empty and have room for so many bytes."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if held := [file.name for file in folder.iterdir() if file.suffix != ".tmp"]:
-        raise FileExistsError(f"{folder} holds {held[0]}: choose a new or an empty output folder")
-    if n_bytes > (free := shutil.disk_usage(folder).free):
-        raise OSError(f"{folder} needs {n_bytes / 1e9:.2g} GB for checkpoints, {free / 1e9:.2g} free")
-
-
 def prepare(acts, cfg, device):
     """(new trainer, rows to train on, rows for the final threshold, what marks such a run)."""
-    data = Rows(acts).within(cfg.max_norm)
-    data, aside = data.split_off(0.05, cfg.seed)  # trained on, they would let too few entries pass
+    data, aside = Rows(acts).within(cfg.max_norm).split_off(0.05, cfg.seed)  # trained on, they let few pass
     n, world, sample = len(data), rank_and_world()[1], data.split_off(1.0, cfg.seed)[1].read()
     _require(cfg.batch_size % world == 0, f"batch_size must be a multiple of {world}", cfg.batch_size)
-    fits = n >= cfg.batch_size and len(data.blocks) >= world
-    _require(fits, f"batch_size must be at most the number of training rows {n}", cfg.batch_size)
+    _require(cfg.batch_size <= n, f"batch_size must be at most {n}, the training rows", cfg.batch_size)
     mean = sample.mean(dim=0, dtype=torch.float64)
     spread = (sample - mean).norm(dim=0) / len(sample) ** 0.5  # of each dimension
-    least = max(1e-18, 1e-6 * float(mean.norm()))
-    rule = f"rows must differ: their rms distance from the mean must lie in ({least:.1g}, 1e18)"
-    _require(least < float(spread.norm()) < 1e18, rule, float(spread.norm()))
+    least, size = max(1e-18, 1e-6 * float(mean.norm())), float(spread.norm())
+    _require(least < size < 1e18, f"rows must differ, by an rms distance in ({least:.1g}, 1e18)", size)
     stretch = (spread / (10 * spread[spread > 0].median())).clamp_min(1.0)  # a few would hide all the others
     scale = stretch * (spread / stretch).norm()
     fingerprint = {**dataclasses.asdict(cfg), "rows": n, "processes": world,
@@ -686,7 +659,7 @@ def prepare(acts, cfg, device):
 def read_state(folder, fingerprint, trainer):
     """Put trainer and metrics where they were; ``ValueError`` names what of settings or rows differs."""
     with reading(folder / STATE, "the state of such a run"):
-        state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
+        state = torch.load(folder / STATE, map_location=trainer.device, weights_only=True)
         for name, value in fingerprint.items():
             was = state["fingerprint"].get(name)
             _require(was == value, f"{name} must be as in the run to resume, {was}", value)
@@ -698,22 +671,20 @@ def read_state(folder, fingerprint, trainer):
 @contextlib.contextmanager
 def deferred_signals():
     """Collect SIGINT, SIGTERM, SIGHUP, if not ignored; raise the first at the end. A second SIGINT acts."""
-    received, before = [], {}
+    received = []
 
     def note(number, frame):
+        if number == signal.SIGINT and number in received:
+            raise KeyboardInterrupt
         received.append(number)
-        signal.signal(number, before[number] if number == signal.SIGINT else note)
 
-    with contextlib.suppress(ValueError):  # only the main thread can set handlers
-        for name in {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal)):  # Windows has no SIGHUP
-            number = getattr(signal, name)
-            if signal.getsignal(number) != signal.SIG_IGN:
-                before[number] = signal.signal(number, note) or signal.SIG_DFL
-    try:
+    with contextlib.ExitStack() as at_end:
+        with contextlib.suppress(ValueError):  # only the main thread can set handlers
+            for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
+                if (before := signal.getsignal(number)) != signal.SIG_IGN:
+                    signal.signal(number, note)
+                    at_end.callback(signal.signal, number, before or signal.SIG_DFL)
         yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
     if received:
         signal.raise_signal(received[0])
 
@@ -742,15 +713,14 @@ class Rows:
         if isinstance(source, Rows):
             vars(self).update(vars(source))
             return
-        is_folder = isinstance(source, (str, os.PathLike)) and os.path.isdir(source)
-        files = sorted(Path(source).glob("*.npy")) if is_folder else [source]
-        files = [file for file in files if not (is_folder and file.name.endswith(".ids.npy"))]  # of harvest
+        files = [source]
+        if isinstance(source, (str, os.PathLike)) and os.path.isdir(source):  # with the ids of harvest
+            files = [file for file in sorted(Path(source).glob("*.npy")) if not file.match("*.ids.npy")]
         _require(files, f"{source} must be a .npy file or a folder of them", "a folder without any")
         parts = [as_rows(file) for file in files]
         D = parts[0].shape[1]
-        for part in parts:
-            rule = f"{getattr(part, 'filename', source)} must be {D} wide"
-            _require(part.shape[1] == D, rule, part.shape[1])
+        for file, part in zip(files, parts):
+            _require(part.shape[1] == D, f"{file} must be {D} wide", part.shape[1])
         self.dtype = np.dtype("f2" if all(part.dtype == "f2" for part in parts) else "f4")  # in memory
         self.d_model, self.row_bytes = D, D * self.dtype.itemsize
         self.block = min(BLOCK, max(1, BLOCK_BYTES // self.row_bytes), -(-sum(map(len, parts)) // 64))
@@ -762,23 +732,20 @@ class Rows:
         return sum(stop - start for _, start, stop in self.blocks)
 
     def within(self, max_norm):
-        """The same rows, but those further from the median row than ``max_norm`` times the median distance,
-        by a sample, are left out wherever rows are read: a few massive ones (the first tokens of many
-        language models) ruin an SAE. More than 5 % are not left out. A limit set before stays."""
-        _require(max_norm >= 1, "max_norm must be at least 1", max_norm)
+        """All rows but those further from the median row than ``max_norm`` times the median distance, by a
+        sample, unless over 5 % are: a few massive ones ruin an SAE. A limit set before stays."""
         if self.limited:
             return self
         chosen, sample = Rows(self), self.split_off(1.0, 0)[1].read()
         chosen.limited, chosen.centre = True, sample.median(dim=0).values
         distance = (sample - chosen.centre).norm(dim=1)
-        median = float(distance.median())
-        far = float((distance > max_norm * median).float().mean())
-        chosen.radius = max_norm * median if median > 0 and far <= 0.05 else math.inf
-        if far and median > 0:
+        most = max_norm * float(distance.median()) or math.inf  # where most rows are the same
+        far, times = float((distance > most).float().mean()), max_norm * float(distance.max()) / most
+        chosen.radius = most if far <= 0.05 else math.inf
+        what = "left out (max_norm)" if far <= 0.05 else "too many to leave out"
+        if far:
             warnings.warn(f"{far:.2%} of {len(sample):,} sampled rows lie over {max_norm:g} times the median "
-                          f"distance from the median row, up to {distance.max() / median:,.0f} times: "
-                          f"{'left out (max_norm)' if far <= 0.05 else 'too many to leave out'}",
-                          stacklevel=3)
+                          f"distance from the median row, up to {times:,.0f} times: {what}", stacklevel=3)
         return chosen
 
     def keep(self, numbers):
@@ -799,22 +766,17 @@ class Rows:
         far = self.too_far(rows)
         return (rows[~far] if far.any() else rows).float()
 
-    @np.errstate(over="ignore")  # of float64
     def read_all(self, memory=None):
         """All rows (n, D), in ``memory`` if given, as float16 if that is what all files hold, or float32."""
         memory, end = np.empty((len(self), self.d_model), self.dtype) if memory is None else memory, 0
         for part, start, stop in self.blocks:
             block, end = memory[end:end + stop - start], end + stop - start
-            if not isinstance(part, np.memmap):
-                block[:] = part[start:stop]
-                continue
-            with open(part.filename, "rb", buffering=0) as file:  # a map takes memory and dies with its file
-                file.seek(part.offset + start * part.strides[0])
-                numbers = block if part.dtype == self.dtype else np.empty(block.shape, part.dtype)
-                whole = file.readinto(numbers) == numbers.nbytes
-            _require(whole, f"{part.filename} must not shrink while it is read, rows", stop)
-            if numbers is not block:
-                block[:] = numbers
+            rows = part[start:stop]
+            if isinstance(part, np.memmap):  # a map takes memory and dies with its file
+                offset = part.offset + start * part.strides[0]
+                rows = np.fromfile(part.filename, part.dtype, block.size, offset=offset)
+                _require(len(rows) == block.size, f"{part.filename} must not shrink while read, row", stop)
+            block[:] = rows.reshape(block.shape)
         return torch.from_numpy(memory[:end])
 
     def too_far(self, rows):
@@ -848,8 +810,7 @@ class Rows:
                 (rows, order), ahead = ahead.result(), thread.submit(next, pools)
                 for tensor in (rows, order) if rows.is_cuda else ():  # made on another stream
                     tensor.record_stream(torch.cuda.current_stream(device))
-                ends = range(batch_size - len(batch), len(order), batch_size)
-                for taken in order.tensor_split(tuple(ends)):
+                for taken in order.tensor_split([*range(batch_size - len(batch), len(order), batch_size)]):
                     part = rows.index_select(0, taken).float()
                     batch = torch.cat([batch, part]) if len(batch) else part
                     if len(batch) == batch_size:
@@ -859,8 +820,7 @@ class Rows:
     def _pools(self, seed, skip, rank, world, device):
         """Endless (rows, the order in which they are taken), but for the first ``skip`` rows."""
         per_pool = max(1, min(POOL_BYTES // (self.block * self.row_bytes), -(-len(self.blocks) // world)))
-        shape = per_pool * self.block, self.d_model
-        memory = itertools.cycle([np.empty(shape, self.dtype), np.empty(shape, self.dtype)])  # fresh is slow
+        memory = itertools.cycle(np.empty((2, per_pool * self.block, self.d_model), self.dtype))  # used again
         for epoch in itertools.count():
             random = np.random.default_rng([seed, epoch])
             blocks = random.permutation(len(self.blocks))[rank::world]
@@ -884,11 +844,10 @@ def as_rows(source):
     if isinstance(array, torch.Tensor):
         with reading("the tensor", "one of rows"):  # a sparse one, a meta one
             array = (array.float() if array.dtype == torch.bfloat16 else array).detach().cpu().numpy()
-    plain = isinstance(array, np.ndarray) and not isinstance(array, np.ma.MaskedArray)
-    _require(plain, "rows must be an array, a tensor or a path", type(array).__name__)
+    _require(type(array) in (np.ndarray, np.memmap), "rows must be an array, a tensor or a path", type(array))
     sound = array.dtype.kind == "f" and array.dtype.itemsize <= 8 and array.ndim in (2, 3) and array.size > 0
-    rule = f"{getattr(array, 'filename', 'the array')} must hold floats (rows, D) or (docs, positions, D)"
-    _require(sound, rule, f"{array.dtype} {array.shape}")
+    name, found = getattr(array, "filename", "the array"), f"{array.dtype} {array.shape}"
+    _require(sound, f"{name} must hold floats (rows, D) or (docs, positions, D)", found)
     whole_file = isinstance(array.base, mmap.mmap) and array.flags.c_contiguous and array.mode != "c"
     return (array if whole_file else np.asarray(array)).reshape(-1, array.shape[-1])
 
@@ -919,12 +878,10 @@ def write(path, content):
     temporary = Path(path).with_name(f".{Path(path).name}.tmp")
     try:
         with open(temporary, "wb") as file:
-            if isinstance(content, bytes):
-                file.write(content)
-            elif temporary.match("*.pt.tmp"):
+            if temporary.match("*.pt.tmp"):
                 torch.save(content, file)
             else:
-                file.write(json.dumps(content, indent=2).encode())
+                file.write(content if isinstance(content, bytes) else json.dumps(content, indent=2).encode())
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -950,25 +907,22 @@ def download(repo, names, revision=None, repo_type="model"):
 
 @torch.no_grad()
 def evaluate(sae, rows, batch_size=4096, on_rows=lambda done: None):
-    """Figures of ``sae`` over all raw ``rows`` (see ``Rows``), in one pass.
-    ``fvu = sum |x - recon|^2 / sum |x - mean|^2``, ``l0`` active latents per row, ``dead`` share of latents
-    that never fire on these ``rows`` (their number, beside those ``left_out``), ``max_cosine`` mean of the
-    largest of a decoder row with another, all but ``dead`` by prefix too; ``massive``: how few dimensions
-    hold 90 % of the variance, and the FVU of the others; ``frequencies``: how many latents fire on a share
-    in [edge, next); ``remarks``."""
+    """Figures of ``sae`` over all raw ``rows``: ``fvu = sum |x - recon|^2 / sum |x - mean|^2``;
+    ``l0`` active latents per row; ``dead`` share of latents that never fire; ``max_cosine`` mean of the
+    largest of a decoder row with another; all but ``dead`` by prefix too. Number of ``rows`` and of those
+    ``left_out``; ``massive``: how few dimensions hold 90 % of the variance, and the FVU of the others;
+    ``frequencies``: how many latents fire on a share in [edge, next); ``remarks``."""
     rows, levels, device, done, seen = Rows(rows), sae.prefixes, sae.b_dec.device, 0, 0
-    sizes, error = np.diff(levels, prepend=0).tolist(), np.zeros(len(levels))
+    sizes = np.diff(levels, prepend=0).tolist()
     fired = torch.zeros(len(sae.b_enc), dtype=torch.long, device=device)  # rows where each latent is on
-    sums, squares, errors = torch.zeros(3, rows.d_model, dtype=torch.float64)  # by dimension
+    sums, squares, *errors = torch.zeros(2 + len(levels), rows.d_model, dtype=torch.float64)  # by dimension
     for part in rows.parts(batch_size):
         x = part.read().to(device)
         acts, recon = sae.encode(x), sae.b_dec
         fired += (acts > 0).sum(dim=0)
-        for i, (block, W_dec) in enumerate(zip(acts.split(sizes, dim=1), sae.W_dec.split(sizes))):
+        for error, block, W_dec in zip(errors, acts.split(sizes, dim=1), sae.W_dec.split(sizes)):
             recon = recon + block @ W_dec
-            by_dim = (x - recon).square().sum(dim=0).cpu().double()
-            error[i] += float(by_dim.sum())
-        errors += by_dim
+            error += (x - recon).square().sum(dim=0).cpu().double()
         offset = (x - sae.b_dec).cpu().double()  # near the mean, so that the variance does not cancel
         sums += offset.sum(dim=0)
         squares += offset.square().sum(dim=0)
@@ -976,29 +930,24 @@ def evaluate(sae, rows, batch_size=4096, on_rows=lambda done: None):
         on_rows(seen)
     variance, share = squares - sums.square() / done, fired.cpu().double() / done
     total, (largest, order) = float(variance.sum()), variance.sort(descending=True)
-    sound = total > 1e-12 * float(squares.sum()) and np.isfinite(error).all()
+    sound = total > 1e-12 * float(squares.sum()) and torch.stack(errors).isfinite().all()
     _require(sound, "rows must differ, within max_norm and 1e18: the sum of their variances", total)
     n = 1 + int((largest.cumsum(0) < 0.9 * total).sum())
     others = float(largest[n:].sum())
     massive = {"dims": n, "share": 1 - others / total,
-               "fvu_of_others": float(errors[order[n:]].sum()) / others if others > 0 else None}
-    prefixes = [{"latents": p, "fvu": e / total, "l0": float(share[:p].sum()),
-                 "max_cosine": max_cosine(sae.W_dec[:p])} for p, e in zip(levels, error.tolist())]
+               "fvu_of_others": float(errors[-1][order[n:]].sum()) / others if others > 0 else None}
+    prefixes = [{"latents": p, "fvu": float(error.sum()) / total, "l0": float(share[:p].sum()),
+                 "max_cosine": max_cosine(sae.W_dec[:p])} for p, error in zip(levels, errors)]
     counts, edges = np.histogram(share[share > 0].log10().numpy(), bins=16, range=(-8, 0))
-    figures = {"rows": done, "left_out": len(rows) - done, **prefixes[-1],
-               "dead": float((share == 0).double().mean()), "massive": massive, "prefixes": prefixes,
-               "frequencies": {"edges": (10.0**edges).tolist(), "counts": counts.tolist()}}
-    return figures | {"remarks": list(remarks(sae, figures))}
-
-
-def remarks(sae, figures):
-    """Sentences on what ails the ``figures`` of ``evaluate``, and where to look."""
-    massive, D = figures["massive"], len(sae.b_dec)
-    if massive["dims"] <= max(1, D / 20) and massive["fvu_of_others"]:
-        yield (f"{massive['dims']} of {D} dimensions hold {massive['share']:.0%} of the variance; FVU of the "
-               f"others {massive['fvu_of_others']:.4f}")
+    notes = []
+    if n <= max(1, rows.d_model / 20) and others > 0:
+        notes.append(f"{n} of {rows.d_model} dimensions hold {massive['share']:.0%} of the variance; "
+                     f"FVU of the others {massive['fvu_of_others']:.4f}")
     if not sae.threshold.any():
-        yield f"only {figures['l0']:.1f} positive entries a row for k = {sae.metadata.get('k')}"
+        notes.append(f"only {prefixes[-1]['l0']:.1f} positive entries a row for k = {sae.metadata.get('k')}")
+    return {"rows": done, "left_out": len(rows) - done, **prefixes[-1],
+            "dead": float((share == 0).double().mean()), "massive": massive, "prefixes": prefixes,
+            "frequencies": {"edges": (10.0**edges).tolist(), "counts": counts.tolist()}, "remarks": notes}
 
 
 def max_cosine(W_dec, block=2048):
@@ -1038,83 +987,75 @@ def loss_recovered(model, module, sae, batches, at="input", drop=()):
 
 
 @torch.no_grad()
-def probe(sae, x, y, seed=0, max_k=5, erased=(1, 2, 5)):
+def probe(sae, x, y, seed=0, max_k=5):
     """How few latents tell labels ``y`` (n, C), booleans, of rows ``x`` (n, D); half the rows are held out.
     ``raw``: logistic regression on the rows. By prefix: ``probes``, the same on the k latents whose mean
     differs most with the label (Gurnee et al. 2023, arXiv 2305.01610); ``splitting``, how many of these
     latents raise F1 by more than 0.03 each; of the raw probe's true positives, ``main_silent``, the share on
     which the latent of largest difference is silent, and ``absorption``, on which it and the split ones are,
     and of the active latents the one that adds most along the probe has a cosine above 0.025 with it (after
-    Chanin et al. 2024, arXiv 2409.14507, who find that latent by its ablation). ``ValueError`` where a label
-    lacks rows with or without it."""
+    Chanin et al. 2024, arXiv 2409.14507, who find that latent by its ablation)."""
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
-    (x, y), (x_test, y_test) = ((x[half].float(), y[half]) for half in order.tensor_split(2))
-    rarest = torch.stack([labels.sum(0) for labels in (y, ~y, y_test, ~y_test)]).amin(dim=0)
+    x, y = x[order].float(), y[order]
+    (x_train, x_test), (y_train, y_test) = x.tensor_split(2), y.tensor_split(2)
+    rarest = torch.stack([labels.sum(0) for labels in (y_train, ~y_train, y_test, ~y_test)]).amin(dim=0)
     _require(rarest.all(), f"label {rarest.argmin()} needs rows with it and without it in both halves", 0)
-    w, b = logistic_regression(x, y)
-    raw = probe_logits(x_test, w, b)
-    positives, share = y_test.T & (raw > 0), torch.where(y, 1 / y.sum(0), -1 / (~y).sum(0))
+    w, b = logistic_regression(x_train, y_train)
+    seen = w @ x_test.T + b[:, None] > 0
+    positives, share = y_test.T & seen, torch.where(y_train, 1 / y_train.sum(0), -1 / (~y_train).sum(0))
     # (C, F): mean activation on the rows with a label, less that on those without
-    difference = sum(part.T @ sae.encode(rows) for rows, part in zip(x.split(2048), share.split(2048)))
-    prefixes = []
+    difference = sum(part.T @ sae.encode(rows) for rows, part in zip(x_train.split(2048), share.split(2048)))
+    figures = {"rows": len(x), "raw": probe_scores(seen, y_test)[0], "prefixes": []}
     for p in sae.prefixes:
-        top = difference[:, :p].abs().topk(min(max_k, p), dim=1).indices
-        main, scores = difference[:, :p].argmax(dim=1, keepdim=True), []
-        codes, codes_test = codes_of(sae, x, top), codes_of(sae, x_test, torch.cat([top, main], dim=1))
+        top = difference[:, :p].abs().topk(min(max_k, p), dim=1).indices  # (C, k)
+        chosen = torch.cat([top, difference[:, :p].argmax(dim=1, keepdim=True)], dim=1)
+        codes = torch.cat([sae.encode(rows, p)[:, chosen] for rows in x.split(2048)])  # (n, C, k + 1)
+        codes, codes_test = codes.movedim(0, 1).tensor_split(2, dim=1)
+        probes, f1 = [], []
         for k in range(1, top.shape[1] + 1):
-            logits = probe_logits(codes_test[:, :, :k], *logistic_regression(codes[:, :, :k], y))
-            scores.append(probe_scores(logits > 0, y_test))
-        gains = torch.stack([score["f1"] for score in scores]).diff(dim=0) > 0.03
-        splits, silent = 1 + gains.cumprod(dim=0).sum(0), codes_test == 0
-        fires_with = (difference.gather(1, top) > 0) & (torch.arange(top.shape[1]) < splits[:, None])
-        missed = positives & (silent[:, :, :-1] | ~fires_with[:, None]).all(dim=2) & silent[:, :, -1]
+            w_k, b_k = logistic_regression(codes[:, :, :k], y_train)
+            logits = torch.einsum("cnk,ck->cn", codes_test[:, :, :k], w_k) + b_k[:, None]
+            scores, by_label = probe_scores(logits > 0, y_test)
+            probes.append({"k": k, **scores})
+            f1.append(by_label)
+        splits = 1 + (torch.stack(f1).diff(dim=0) > 0.03).cumprod(dim=0).sum(0)
+        is_split = (difference.gather(1, top) > 0) & (torch.arange(top.shape[1]) < splits[:, None])
+        main_silent = positives & (codes_test[:, :, -1] == 0)
+        missed = main_silent & ~((codes_test[:, :, :-1] > 0) & is_split[:, None]).any(dim=2)
         absorbed = torch.stack([n_absorbed(sae, x_test[rows], p, along) for rows, along in zip(missed, w)])
         absorbed = absorbed / positives.sum(1)
-        main_silent = (positives & silent[:, :, -1]).sum(1) / positives.sum(1)
-        probes = [{"k": k, "accuracy": mean_known(score["accuracy"]), "f1": mean_known(score["f1"])}
-                  for k, score in enumerate(scores, 1)]
-        prefixes.append({"latents": p, "probes": probes, "absorption": mean_known(absorbed),
-                         "main_silent": mean_known(main_silent),
-                         "absorption_by_label": [mean_known(rate) for rate in absorbed],
-                         "splitting": mean_known(splits.float())})
-    erasure = [erase(sae, n, difference, x_test, y_test, w, raw) for n in erased if n <= len(sae.b_enc)]
-    score = probe_scores(raw > 0, y_test)
-    return {"rows": len(order), "prefixes": prefixes, "erasure": erasure,
-            "raw": {"accuracy": mean_known(score["accuracy"]), "f1": mean_known(score["f1"])}}
+        figures["prefixes"].append({
+            "latents": p, "probes": probes, "absorption": mean_known(absorbed),
+            "main_silent": mean_known(main_silent.sum(1) / positives.sum(1)),
+            "absorption_by_label": [mean_known(rate) for rate in absorbed],
+            "splitting": float(splits.float().mean())})
+    return figures
 
 
 def logistic_regression(x, y, l2=1e-3, steps=100):
     """One probe per label: ``x`` (n, d), or (C, n, d) of its own, ``y`` (n, C) -> (w (C, d), b (C,)).
     Mean cross-entropy of ``sigmoid(x @ w + b)`` plus ``l2 |w|^2`` on standardised inputs, by LBFGS."""
     mean, std = x.mean(dim=-2, keepdim=True), x.std(dim=-2, keepdim=True).clamp_min(1e-12)
-    x, target = (x - mean) / std, y.T.float()
-    w, b = (torch.zeros(shape, requires_grad=True) for shape in ((len(target), x.shape[-1]), (len(target),)))
+    x, y = (x - mean) / std, y.T.float()
+    w, b = (torch.zeros(shape, requires_grad=True) for shape in ((len(y), x.shape[-1]), (len(y),)))
     optimizer = torch.optim.LBFGS([w, b], max_iter=steps, line_search_fn="strong_wolfe")
 
     def loss():
         optimizer.zero_grad()
-        entropy = nn.functional.binary_cross_entropy_with_logits(probe_logits(x, w, b), target)
-        total = entropy * len(target) + l2 * w.pow(2).sum()
+        logits = (w[:, None] @ x.mT).squeeze(1) + b[:, None]
+        total = len(y) * nn.functional.binary_cross_entropy_with_logits(logits, y) + l2 * w.pow(2).sum()
         total.backward()
         return total
 
-    with torch.enable_grad():
-        optimizer.step(loss)
+    optimizer.step(loss)
     w = w.detach() / std.squeeze(-2)
     return w, b.detach() - (w * mean.squeeze(-2)).sum(dim=1)
 
 
-def probe_logits(x, w, b):
-    """``x`` (n, d) or (C, n, d), ``w`` (C, d), ``b`` (C,) -> (C, n)."""
-    return (x @ w[:, :, None]).squeeze(2) + b[:, None] if x.dim() == 3 else w @ x.T + b[:, None]
-
-
 def probe_scores(seen, y):
-    """Accuracy, balanced accuracy and F1 of predictions ``seen`` (C, n) of ``y`` (n, C), each (C,)."""
-    hit, y = seen & y.T, y.T
-    recall, rejected = hit.sum(1) / y.sum(1), (~seen & ~y).sum(1) / (~y).sum(1)
-    return {"accuracy": (seen == y).float().mean(1), "balanced": (recall + rejected) / 2,
-            "f1": 2 * hit.sum(1) / (seen.sum(1) + y.sum(1))}
+    """Of predictions ``seen`` (C, n) of ``y`` (n, C): mean accuracy and F1, and the F1 of each label (C,)."""
+    f1 = 2 * (seen & y.T).sum(1) / (seen.sum(1) + y.sum(0))
+    return {"accuracy": float((seen == y.T).float().mean()), "f1": float(f1.mean())}, f1
 
 
 def n_absorbed(sae, rows, prefix, along):
@@ -1126,28 +1067,10 @@ def n_absorbed(sae, rows, prefix, along):
     return n
 
 
-def codes_of(sae, rows, latents):
-    """Codes of ``rows`` (n, D) by the ``latents`` (C, m): (C, n, m)."""
-    return torch.cat([sae.encode(part)[:, latents] for part in rows.split(2048)]).movedim(0, 1)
-
-
 def mean_known(values):
     """Mean of those that are not NaN, None if there are none."""
     mean = float(values.nanmean())
     return None if math.isnan(mean) else mean
-
-
-def erase(sae, n, difference, x, y, w, raw):
-    """Balanced accuracy that raw probes ``w`` (C, D) lose without a label's top ``n`` latents: own, others'.
-    Top by difference x (decoder row . probe). After SAEBench's targeted probe perturbation, arXiv 2503.09532,
-    which takes them out of the reconstruction."""
-    top, falls = (difference * (w @ sae.W_dec.T)).topk(n, dim=1).indices, []
-    before = probe_scores(raw > 0, y)["balanced"]
-    for latents, codes in zip(top, codes_of(sae, x, top)):
-        left = raw - (codes @ (sae.W_dec[latents] @ w.T)).T
-        falls.append(before - probe_scores(left > 0, y)["balanced"])  # of all probes, this label erased
-    total, own = float(torch.stack(falls).sum()), float(torch.stack(falls).trace())
-    return {"latents": n, "own": own / len(w), "others": (total - own) / max(1, len(w) * (len(w) - 1))}
 
 
 @torch.no_grad()
@@ -1211,13 +1134,13 @@ class FeatureTree:
     """A tree of features, each on only where its parent is: the toy of noanabeshima/matryoshka-saes.
     ``spec``: a node {"active_prob": given that the parent is on, "is_read_out": false for a hidden node,
     "is_binary": false for a magnitude in [0.5, 1.5), "mutually_exclusive_children": true for at most one at a
-    time, "children": [nodes], "id"}. Directions are orthogonal, with norms 1 + norm_std N(0, 1).
-    ``ValueError`` names the bad node."""
+    time, "children": [nodes], "id"}. Directions are orthogonal, with norms 1 + norm_std N(0, 1)."""
 
     def __init__(self, spec, d_model=None, norm_std=0.05, seed=0):
         self.nodes = []      # (parent, draw, low, high, read out, binary), on if low <= draws[draw] < high
         self.parent_of = []  # for each feature the feature above it, or None
-        self._add("tree", spec, None, None, None, 0.0)
+        with reading("tree", "a tree of features"):
+            self._add("tree", None, None, None, 0.0, **spec)
         n, self.d_model = len(self.parent_of), d_model or len(self.parent_of)
         _require(1 <= n <= self.d_model <= 2048, f"d_model must be in [1, 2048], at least {n}", self.d_model)
         generator = torch.Generator().manual_seed(seed)
@@ -1225,15 +1148,10 @@ class FeatureTree:
         self.directions = basis[:n] * (1 + norm_std * torch.randn(n, 1, generator=generator))
         self.pairs = [(p, c) for c, p in enumerate(self.parent_of) if p is not None]  # (parent, child)
 
-    def _add(self, path, spec, *place):
-        try:
-            self._add_node(path, *place, **spec)
-        except (TypeError, RecursionError) as error:  # Python's words for an unknown or missing key
-            raise ValueError(f"{path}: {one_line(error)}") from None
-
-    def _add_node(self, path, parent, feature, draw, low, /, active_prob, is_read_out=True, is_binary=True,
-                  mutually_exclusive_children=False, children=(), id=None):
-        _require(0 <= active_prob <= 1, f"{path}.active_prob must lie in [0, 1]", active_prob)
+    def _add(self, path, parent, feature, draw, low, /, active_prob, is_read_out=True, is_binary=True,
+             mutually_exclusive_children=False, children=(), id=None):
+        sound = isinstance(active_prob, int | float) and 0 <= active_prob <= 1
+        _require(sound, f"{path}.active_prob must lie in [0, 1]", repr(active_prob))
         for flag in (is_read_out, is_binary, mutually_exclusive_children):
             _require(isinstance(flag, bool), f"{path}: its flags must be true or false", flag)
         node, low_of_child = len(self.nodes), 0.0
@@ -1243,10 +1161,9 @@ class FeatureTree:
             feature = len(self.parent_of) - 1
         shared = node + 1 if mutually_exclusive_children else None  # the draw of the first child
         for i, child in enumerate(children):
-            self._add(f"{path}.children[{i}]", child, node, feature, shared, low_of_child)
+            self._add(f"{path}.children[{i}]", node, feature, shared, low_of_child, **child)
             low_of_child += child["active_prob"] if mutually_exclusive_children else 0.0
-        rule = f"{path}.children exclude each other: active_prob may sum to 1"
-        _require(low_of_child <= 1 + 1e-9, rule, low_of_child)
+        _require(low_of_child < 1 + 1e-9, f"{path}.children exclude each other: may sum to 1", low_of_child)
 
     def sample_features(self, n, generator):
         """Feature activations (n, n_features): one uniform draw a node, or a set of exclusive siblings."""
@@ -1301,11 +1218,11 @@ class TinyModel(nn.Module):
     """The language model noanabeshima/tiny_model, without layer norm: ids (B, T) -> logits (B, T, V).
     The stream of layer i enters ``layers[i]``, last ``lm_head``. The original returns log-probabilities."""
 
-    def __init__(self, n_layers=4, d_model=768, n_heads=16, d_mlp=3072, n_vocab=10_000, n_positions=256):
+    def __init__(self, n_layers=4, d_model=768, d_mlp=3072, n_vocab=10_000, n_positions=256):
         super().__init__()
         self.embed = nn.Embedding(n_vocab, d_model)
         self.pos_embed = nn.Parameter(torch.zeros(1, n_positions, d_model))
-        self.torso = nn.Sequential(*(_Block(d_model, n_heads, d_mlp) for _ in range(n_layers)))
+        self.torso = nn.Sequential(*(_Block(d_model, d_mlp) for _ in range(n_layers)))
         self.lm_head = nn.Linear(d_model, n_vocab)
         self.layers = [*self.torso, self.lm_head]
 
@@ -1321,22 +1238,21 @@ class TinyModel(nn.Module):
             state = torch.load(path, map_location="cpu", weights_only=True)
             n_layers = len({key.split(".")[1] for key in state if key.startswith("torso.")})
             (n_vocab, d_model), (_, n_positions, _) = state["embed.weight"].shape, state["pos_embed"].shape
-            model = cls(n_layers, d_model, 16, len(state["torso.0.mlp.read_in.bias"]), n_vocab, n_positions)
+            model = cls(n_layers, d_model, len(state["torso.0.mlp.read_in.bias"]), n_vocab, n_positions)
             model.load_state_dict(state)
         return model.eval()
 
 
 class _Block(nn.Module):
-    def __init__(self, d_model, n_heads, d_mlp):
+    def __init__(self, d_model, d_mlp):
         super().__init__()
-        self.n_heads = n_heads
         self.attn = nn.ModuleDict({name: nn.Linear(d_model, d_model, bias=name == "O") for name in "QKVO"})
         read_in, write_out = nn.Linear(d_model, d_mlp), nn.Linear(d_mlp, d_model)
         self.mlp = nn.ModuleDict({"read_in": read_in, "write_out": write_out})
 
     def forward(self, x):
-        q, k, v = (self.attn[name](x).unflatten(-1, (self.n_heads, -1)).transpose(1, 2) for name in "QKV")
-        heads = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, heads, T, D/heads)
+        q, k, v = (self.attn[name](x).unflatten(-1, (16, -1)).transpose(1, 2) for name in "QKV")
+        heads = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, 16, T, D/16)
         x = x + self.attn["O"](heads.transpose(1, 2).flatten(-2))
         return x + self.mlp["write_out"](torch.relu(self.mlp["read_in"](x)))
 
@@ -1351,31 +1267,30 @@ def activation_hook(module, at="output", replace=None, stop=False):
     ``replace``: a function of that tensor whose result takes its place. ``stop``: end the forward pass.
     ``ValueError`` where the module is not called."""
     _require(at in ("input", "output"), 'at must be "input" or "output"', repr(at))
-    captured = []
+    captured, name = [], type(module).__name__
 
     def hook(module, args, kwargs, *output):
         whole = output[0] if output else args or tuple(kwargs.values()) or None
         first, *rest = whole if isinstance(whole, tuple) else (whole,)
-        rule = f"the {at} of {type(module).__name__} must be a tensor or start with one"
-        _require(isinstance(first, torch.Tensor), rule, type(first).__name__)
+        _require(isinstance(first, torch.Tensor), f"{name}: its {at} must start with a tensor", type(first))
         captured.append(first.detach())
         if stop:
             raise _Stop
-        if replace is not None:
-            new = (replace(first).to(first), *rest)
-            if output:
-                return new if isinstance(whole, tuple) else new[0]
-            return (new, kwargs) if args else ((), dict(zip(kwargs, new)))
+        if replace is None:
+            return None
+        new = (replace(first).to(first), *rest)
+        if output:
+            return new if isinstance(whole, tuple) else new[0]
+        return (new, kwargs) if args else ((), dict(zip(kwargs, new)))
 
     register = module.register_forward_pre_hook if at == "input" else module.register_forward_hook
     handle = register(hook, with_kwargs=True)
     try:
-        yield captured
-        _require(captured, f"{type(module).__name__} must be called in this context, calls", 0)
-    except _Stop:
-        pass
+        with contextlib.suppress(_Stop):
+            yield captured
     finally:
         handle.remove()
+    _require(captured, f"{name} must be called in this context, calls", 0)
 
 
 @torch.no_grad()
@@ -1398,18 +1313,16 @@ def harvest(model, module, batches, out, at="output", drop=(), dtype="float16", 
         ids = inputs["input_ids"]
         mask = ~torch.isin(ids, torch.tensor(list(drop), device=device, dtype=ids.dtype))
         mask &= inputs.get("attention_mask", mask).bool()
-        tokens = torch.stack([mask.nonzero()[:, 0] + n_texts, ids[mask]], dim=1).int()
+        tokens = torch.stack([mask.nonzero()[:, 0] + n_texts, ids[mask]], dim=1).int().cpu().numpy()
         n_texts += len(ids)
         if n + len(tokens) < least:
             n += len(tokens)
             continue
         with activation_hook(module, at, stop=True) as captured:
             model(ids) if isinstance(batch, torch.Tensor) else model(**inputs)
-        shape, wanted = tuple(captured[0].shape), tuple(ids.shape)
-        _require(shape[:-1] == wanted, f"module must give a vector for each of the ids {wanted}", shape)
-        rows = captured[0][mask].to(getattr(torch, dtype))
-        _require(rows.isfinite().all(), f"activations must fit in {dtype}", "one too large, or NaN")
-        rows, tokens = rows.cpu().numpy(), tokens.cpu().numpy()
+        rows = captured[0][mask].to(getattr(torch, dtype)).cpu().numpy()
+        _require(rows.ndim == 2, "module must give a vector for each token id", tuple(captured[0].shape))
+        _require(np.isfinite(rows).all(), f"activations must fit in {dtype}", "one too large, or NaN")
         if n < len(old):  # the last batch there, made again
             was, now = old[n:], rows[:len(old) - n]
             same = was.dtype == now.dtype and np.allclose(was, now, 0.01, 0.01 * np.median(abs(now)))
