@@ -69,7 +69,7 @@ dtype_option = option("--dtype", help="Of the products: float32, bfloat16 or flo
 device_option = option("--device", default="cuda" if torch.cuda.is_available() else "cpu", callback=available,
                        help="Or cuda:1.")
 model_option = option("--model", "model_path", default="tiny_model.pt", help="A file, or a published name.")
-norm_option = option("--max-norm", type=float, default=10, help="As for train.")
+norm_option = option("--max-norm", type=click.FloatRange(1), default=10, help="As for train.")
 layer_option = option("--layer", type=AtLeast(0), default=3, help="Stream into this block; 4: the end.")
 
 

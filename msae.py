@@ -24,6 +24,7 @@ import json
 import math
 import mmap
 import os
+import shutil
 import signal
 import time
 import warnings
@@ -52,7 +53,8 @@ SAELENS = {"architecture": "jumprelu", "normalize_activations": "none", "reshape
 
 
 class MatryoshkaSAE(nn.Module):
-    """The sparse autoencoder above. ``W_dec`` starts as random unit rows, ``W_enc`` as its transpose."""
+    """The SAE at the top of the file: ``acts = encode(x)``, ``recon = decode(acts)``, of raw rows (..., D).
+    ``W_dec`` starts as random unit rows, ``W_enc`` as its transpose."""
 
     def __init__(self, d_model, n_latents, prefixes=None, generator=None):
         super().__init__()
@@ -126,7 +128,7 @@ def prefix_lengths(n_latents, prefixes=None):
     given = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0) if prefixes is None else tuple(prefixes)
     rising = len(given) > 0 and all(a < b for a, b in zip((0, *given), given))
     lengths = rising and given[-1] == n_latents and all(p == int(p) for p in given)
-    _require(rising and (lengths or given[-1] == 1), f"prefixes must rise to {n_latents} or 1", given)
+    _require(rising and (lengths or given[-1] == 1), f"prefixes must rise to {n_latents}, or to 1", given)
     return tuple(sorted({int(p) if lengths else max(1, round(p * n_latents)) for p in given}))
 
 
@@ -614,6 +616,9 @@ def train(acts, cfg, *, device="cpu", out=None, resume=False, save_minutes=10.0,
             folder.mkdir(parents=True, exist_ok=True)
             if held := [file.name for file in folder.iterdir() if file.suffix != ".tmp"]:
                 raise FileExistsError(f"{folder} holds {held[0]}: choose a new or an empty output folder")
+            size = 64 * trainer.sae.W_dec.numel()  # bytes of weights, moments and the SAE, old and new
+            if size > (free := shutil.disk_usage(folder).free):
+                raise OSError(f"{folder} needs {size / 1e9:.2g} GB for checkpoints, {free / 1e9:.2g} are free")
             checkpoint()
         try:
             saved = time.monotonic()
@@ -757,7 +762,7 @@ class Rows:
     def split_off(self, fraction, seed):
         """(The other rows, those set aside): random whole blocks, as neighbours of a row tell much of it."""
         order = np.random.default_rng(seed).permutation(len(self.blocks))
-        n = min(max(1, round(fraction * len(order))), ASIDE // self.block)
+        n = min(max(2, round(fraction * len(order))), ASIDE // self.block)
         return self.keep(order[n:]), self.keep(order[:n])
 
     def read(self):
@@ -1139,8 +1144,8 @@ class FeatureTree:
     def __init__(self, spec, d_model=None, norm_std=0.05, seed=0):
         self.nodes = []      # (parent, draw, low, high, read out, binary), on if low <= draws[draw] < high
         self.parent_of = []  # for each feature the feature above it, or None
-        with reading("tree", "a tree of features"):
-            self._add("tree", None, None, None, 0.0, **spec)
+        with reading("tree", "a node"):
+            self._add(None, None, None, 0.0, **spec)
         n, self.d_model = len(self.parent_of), d_model or len(self.parent_of)
         _require(1 <= n <= self.d_model <= 2048, f"d_model must be in [1, 2048], at least {n}", self.d_model)
         generator = torch.Generator().manual_seed(seed)
@@ -1148,12 +1153,11 @@ class FeatureTree:
         self.directions = basis[:n] * (1 + norm_std * torch.randn(n, 1, generator=generator))
         self.pairs = [(p, c) for c, p in enumerate(self.parent_of) if p is not None]  # (parent, child)
 
-    def _add(self, path, parent, feature, draw, low, /, active_prob, is_read_out=True, is_binary=True,
+    def _add(self, parent, feature, draw, low, /, active_prob, is_read_out=True, is_binary=True,
              mutually_exclusive_children=False, children=(), id=None):
-        sound = isinstance(active_prob, int | float) and 0 <= active_prob <= 1
-        _require(sound, f"{path}.active_prob must lie in [0, 1]", repr(active_prob))
+        _require(0 <= active_prob <= 1, "active_prob must lie in [0, 1]", active_prob)
         for flag in (is_read_out, is_binary, mutually_exclusive_children):
-            _require(isinstance(flag, bool), f"{path}: its flags must be true or false", flag)
+            _require(isinstance(flag, bool), "its flags must be true or false", flag)
         node, low_of_child = len(self.nodes), 0.0
         self.nodes.append((parent, draw or node, low, low + active_prob, is_read_out, is_binary))
         if is_read_out:
@@ -1161,9 +1165,10 @@ class FeatureTree:
             feature = len(self.parent_of) - 1
         shared = node + 1 if mutually_exclusive_children else None  # the draw of the first child
         for i, child in enumerate(children):
-            self._add(f"{path}.children[{i}]", node, feature, shared, low_of_child, **child)
-            low_of_child += child["active_prob"] if mutually_exclusive_children else 0.0
-        _require(low_of_child < 1 + 1e-9, f"{path}.children exclude each other: may sum to 1", low_of_child)
+            with reading(f"children[{i}]", "a node"):
+                self._add(node, feature, shared, low_of_child, **child)
+                low_of_child += child["active_prob"] if mutually_exclusive_children else 0.0
+        _require(low_of_child < 1 + 1e-9, "children that exclude each other may sum to 1", low_of_child)
 
     def sample_features(self, n, generator):
         """Feature activations (n, n_features): one uniform draw a node, or a set of exclusive siblings."""

@@ -803,10 +803,10 @@ def test_toy_config_is_the_published_tree():
 
 
 @pytest.mark.parametrize("spec, names", [
-    ([], "tree is not"), ({"active_prob": 1.5}, "tree.active_prob"), ({"children": []}, "d_model"),
+    ([], "tree is not"), ({"active_prob": 1.5}, "active_prob must"), ({"children": []}, "d_model"),
     ({"children": 3}, "tree is not"), ({"prob": 1}, "'prob'"), ({"is_binary": 1}, "its flags"),
-    ({"children": [TREE, {"active_prob": "x"}]}, "tree.children[1]"),
-    ({"mutually_exclusive_children": True, "children": [TREE, TREE]}, "tree.children exclude")])
+    ({"children": [TREE, {**TREE, "children": [{"active_prob": "x"}]}]}, "children[1] is not a node: children[0]"),
+    ({"mutually_exclusive_children": True, "children": [TREE, TREE]}, "may sum to 1")])
 def test_a_bad_tree_is_refused_by_field(spec, names):
     with pytest.raises(ValueError, match=re.escape(names)):
         msae.FeatureTree({**TREE, **spec} if spec else spec)
