@@ -369,7 +369,7 @@ def figures_of(sae, held_out, cfg, last):
 
 
 def run_config(path, spare, options):
-    """The ``TrainConfig`` of a JSON file and the options given, which win; ``spare``: so many latents more."""
+    """The ``TrainConfig`` of a JSON file and the options given, which win; ``spare``: latents more."""
     settings = read_json(path) if path else {}
     if options["prefixes"] or options["n_prefixes"]:  # either replaces both
         settings |= {"prefixes": None, "n_prefixes": None}
@@ -408,8 +408,8 @@ def default_folder(path, resume, is_first):
 def show_how_to_resume(folder):
     if state := max(folder.rglob(msae.STATE), key=os.path.getmtime, default=None):
         steps = torch.load(state, map_location="cpu", weights_only=True, mmap=True)["trainer"]["steps_done"]
-        click.echo(f"step {steps} is saved in {state.parent}; to go on, repeat the command with --out {folder} "
-                   "--resume", err=True)
+        click.echo(f"step {steps} is saved in {state.parent}; to go on, repeat the command with "
+                   f"--out {folder} --resume", err=True)
 
 
 def show_figures(title, columns, results):

@@ -53,8 +53,7 @@ SAELENS = {"architecture": "jumprelu", "normalize_activations": "none", "reshape
 
 
 class MatryoshkaSAE(nn.Module):
-    """The SAE at the top of the file: ``acts = encode(x)``, ``recon = decode(acts)``, of raw rows (..., D).
-    ``W_dec`` starts as random unit rows, ``W_enc`` as its transpose."""
+    """The SAE at the top of the file. ``W_dec`` starts as random unit rows, ``W_enc`` as its transpose."""
 
     def __init__(self, d_model, n_latents, prefixes=None, generator=None):
         super().__init__()
@@ -374,8 +373,7 @@ class Trainer:
 
     @torch.no_grad()
     def observe(self, values, index, loss, rows):
-        """Update cut, threshold, silent rows and energy by the entries kept; return the loss.
-        Processes average these and the gradients first."""
+        """Update cut, threshold, silent rows and energy; return the loss. Processes average gradients too."""
         F, world = len(self.energy), rank_and_world()[1]
         per_latent = self.energy.new_zeros(2, F)  # share of active rows, mean square
         entries = torch.stack([(values > 0).float(), values.square()])
@@ -409,8 +407,7 @@ class Trainer:
 
     @torch.no_grad()
     def rearrange(self, n):
-        """Keep the ``n`` most energetic latents, with their optimizer state, in the order of the config.
-        With just as many as features, one may settle on little while a feature has none, as in k-means."""
+        """Keep the ``n`` most energetic latents, with their optimizer state, in the order of the config."""
         keep, sae = self.energy.argsort(descending=True, stable=True)[:n], self.sae
         keep = keep.sort().values if self.cfg.order == "stored" else keep
         self.rows_silent, self.energy = self.rows_silent[keep], self.energy[keep]
@@ -591,8 +588,7 @@ def train(acts, cfg, *, device="cpu", out=None, resume=False, save_minutes=10.0,
     checkpoint. ``ValueError`` for bad rows, and settings or rows other than those resumed."""
     _require(not resume or out is not None, "resume needs out, the folder to go on in", out)
     trainer, data, aside, fingerprint = prepare(acts, cfg, device)
-    resume = resume and Path(out, STATE).exists()
-    if resume:
+    if resume := resume and Path(out, STATE).exists():
         read_state(Path(out), fingerprint, trainer)
     rank, world = rank_and_world()
     folder = None if out is None or rank > 0 else Path(out)
@@ -618,7 +614,7 @@ def train(acts, cfg, *, device="cpu", out=None, resume=False, save_minutes=10.0,
                 raise FileExistsError(f"{folder} holds {held[0]}: choose a new or an empty output folder")
             size = 64 * trainer.sae.W_dec.numel()  # bytes of weights, moments and the SAE, old and new
             if size > (free := shutil.disk_usage(folder).free):
-                raise OSError(f"{folder} needs {size / 1e9:.2g} GB for checkpoints, {free / 1e9:.2g} are free")
+                raise OSError(f"{folder} needs {size / 1e9:.2g} GB for checkpoints, {free / 1e9:.2g} free")
             checkpoint()
         try:
             saved = time.monotonic()
@@ -705,8 +701,7 @@ def rank_and_world():
 # Uses numpy, torch and, to download, huggingface_hub.
 
 BLOCK, BLOCK_BYTES = 256, 2**19  # consecutive rows, at most, that are read, and set aside, together
-ASIDE = 16_384      # rows, at most, that are set aside
-POOL_BYTES = 2**30  # of rows whose order is mixed; two such pools are in memory
+ASIDE, POOL_BYTES = 2**14, 2**30  # rows set aside; bytes of rows whose order is mixed, held twice
 
 
 class Rows:
@@ -768,8 +763,7 @@ class Rows:
     def read(self):
         """The rows as one float32 tensor (n, D), in order, without those left out."""
         rows = self.read_all()
-        far = self.too_far(rows)
-        return (rows[~far] if far.any() else rows).float()
+        return rows[~self.too_far(rows)].float()
 
     def read_all(self, memory=None):
         """All rows (n, D), in ``memory`` if given, as float16 if that is what all files hold, or float32."""
@@ -778,10 +772,13 @@ class Rows:
             block, end = memory[end:end + stop - start], end + stop - start
             rows = part[start:stop]
             if isinstance(part, np.memmap):  # a map takes memory and dies with its file
-                offset = part.offset + start * part.strides[0]
-                rows = np.fromfile(part.filename, part.dtype, block.size, offset=offset)
-                _require(len(rows) == block.size, f"{part.filename} must not shrink while read, row", stop)
-            block[:] = rows.reshape(block.shape)
+                rows = block if part.dtype == self.dtype else np.empty(block.shape, part.dtype)
+                with open(part.filename, "rb", buffering=0) as file:
+                    file.seek(part.offset + start * part.strides[0])
+                    whole = file.readinto(rows) == rows.nbytes
+                _require(whole, f"{part.filename} must not shrink while read, row", stop)
+            if rows is not block:
+                block[:] = rows
         return torch.from_numpy(memory[:end])
 
     def too_far(self, rows):
@@ -1156,8 +1153,6 @@ class FeatureTree:
     def _add(self, parent, feature, draw, low, /, active_prob, is_read_out=True, is_binary=True,
              mutually_exclusive_children=False, children=(), id=None):
         _require(0 <= active_prob <= 1, "active_prob must lie in [0, 1]", active_prob)
-        for flag in (is_read_out, is_binary, mutually_exclusive_children):
-            _require(isinstance(flag, bool), "its flags must be true or false", flag)
         node, low_of_child = len(self.nodes), 0.0
         self.nodes.append((parent, draw or node, low, low + active_prob, is_read_out, is_binary))
         if is_read_out:
