@@ -362,7 +362,7 @@ def figures_of(sae, held_out, cfg, last):
     found = msae.evaluate(sae, held_out)
     if last:
         rows = min(cfg.dead_after, cfg.steps * cfg.batch_size)
-        found["silent"] = {"rows": rows, "share": last["dead"]}
+        found["silent"] = found["prefixes"][-1]["silent"] = {"rows": rows, "share": last["dead"]}
         if last["dead"] > 0.1:
             found["remarks"].append(f"many are silent: try --lr {cfg.lr / 3:.1g}")
     return found
@@ -416,14 +416,9 @@ def show_figures(title, columns, results):
     """Table, legend and remarks on what was found for each name in ``results``."""
     some = next(iter(results.values()))
     left_out = f", {some['left_out']:,} too far out to count" if some["left_out"] else ""
-    show_table(f"{some['rows']:,} {title}{left_out}", columns, results, levels)
+    show_table(f"{some['rows']:,} {title}{left_out}", columns, results, lambda found: found["prefixes"])
     remarks = (f"{name}: {remark}" for name, found in results.items() for remark in found["remarks"])
     console.print(cell(LEGEND, some) + cell(SILENT, some), *remarks, sep="\n", soft_wrap=True)
-
-
-def levels(found):
-    """The figures of each prefix; those of the last, the whole SAE, are more."""
-    return [*found["prefixes"][:-1], found]
 
 
 # --------------------------------------------------------------------------------------- harvest and evaluate
@@ -519,8 +514,6 @@ def evaluate(checkpoints, acts, labels, tokens, max_tokens, model_path, layer, d
         model, hooks, ids = tiny_model(model_path, layer, device, tokens, max_tokens)
     for path in checkpoints:  # all of them before the first is measured
         sae = saes[path] = msae.MatryoshkaSAE.load(path)
-        if not out and Path(path).is_dir() and not os.access(path, os.W_OK):
-            raise PermissionError(f"{path} is not writable: choose an --out")
         if len(sae.b_dec) != rows.d_model:
             raise ValueError(f"{path} is for rows of width {len(sae.b_dec)}, {acts} has {rows.d_model}")
         if tokens and (hook := sae.metadata.get("hook_name")) in hooks and hook != hooks[layer]:
@@ -886,7 +879,7 @@ def model_card(folder, repo, license, revision):
     if file := max(folder.glob(EVALS), default=None):  # eval.json, if it is there
         with msae.reading(file, "what eval writes"):
             found = json.loads(file.read_text())
-            rows = [[cell(text, row) for text in TRAINED.values()] for row in levels(found)]
+            rows = [[cell(text, row) for text in TRAINED.values()] for row in found["prefixes"]]
             table = "\n".join(f"| {' | '.join(row)} |" for row in ([*TRAINED], ["---"] * len(TRAINED), *rows))
             of = found.get("acts", "held out from training")
             figures = (f"{table}\n\nOn {found['rows']:,} rows ({of}). FVU: squared error over variance; "

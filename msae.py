@@ -909,11 +909,10 @@ def download(repo, names, revision=None, repo_type="model"):
 
 @torch.no_grad()
 def evaluate(sae, rows, batch_size=4096, on_rows=lambda done: None):
-    """Figures of ``sae`` over all raw ``rows``: ``fvu = sum |x - recon|^2 / sum |x - mean|^2``;
-    ``l0`` active latents per row; ``dead`` share of latents that never fire; ``max_cosine`` mean of the
-    largest of a decoder row with another; all but ``dead`` by prefix too. Number of ``rows`` and of those
-    ``left_out``; ``massive``: how few dimensions hold 90 % of the variance, and the FVU of the others;
-    ``frequencies``: how many latents fire on a share in [edge, next); ``remarks``."""
+    """Figures of ``sae`` over raw ``rows``: ``fvu = sum |x - recon|^2 / sum |x - mean|^2``, ``l0`` active
+    latents per row, ``dead`` share that never fires, mean ``max_cosine`` of a decoder row with another, all
+    by prefix too; number of ``rows`` and those ``left_out``; ``massive``: the dimensions that hold 90 % of
+    the variance, FVU of the others; ``frequencies``: latents on a share in [edge, next); ``remarks``."""
     rows, levels, device, done, seen = Rows(rows), sae.prefixes, sae.b_dec.device, 0, 0
     sizes = np.diff(levels, prepend=0).tolist()
     fired = torch.zeros(len(sae.b_enc), dtype=torch.long, device=device)  # rows where each latent is on
@@ -939,7 +938,8 @@ def evaluate(sae, rows, batch_size=4096, on_rows=lambda done: None):
     massive = {"dims": n, "share": 1 - others / total,
                "fvu_of_others": float(errors[-1][order[n:]].sum()) / others if others > 0 else None}
     prefixes = [{"latents": p, "fvu": float(error.sum()) / total, "l0": float(share[:p].sum()),
-                 "max_cosine": max_cosine(sae.W_dec[:p])} for p, error in zip(levels, errors)]
+                 "max_cosine": max_cosine(sae.W_dec[:p]), "dead": float((share[:p] == 0).double().mean())}
+                for p, error in zip(levels, errors)]
     counts, edges = np.histogram(share[share > 0].log10().numpy(), bins=16, range=(-8, 0))
     notes = []
     if n <= max(1, rows.d_model / 20) and others > 0:
@@ -947,9 +947,9 @@ def evaluate(sae, rows, batch_size=4096, on_rows=lambda done: None):
                      f"FVU of the others {massive['fvu_of_others']:.4f}")
     if not sae.threshold.any():
         notes.append(f"only {prefixes[-1]['l0']:.1f} positive entries a row for k = {sae.metadata.get('k')}")
-    return {"rows": done, "left_out": len(rows) - done, **prefixes[-1],
-            "dead": float((share == 0).double().mean()), "massive": massive, "prefixes": prefixes,
-            "frequencies": {"edges": (10.0**edges).tolist(), "counts": counts.tolist()}, "remarks": notes}
+    return {"rows": done, "left_out": len(rows) - done, **prefixes[-1], "massive": massive,
+            "frequencies": {"edges": (10.0**edges).tolist(), "counts": counts.tolist()},
+            "prefixes": prefixes, "remarks": notes}
 
 
 def max_cosine(W_dec, block=2048):

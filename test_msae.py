@@ -458,7 +458,7 @@ def test_evaluate_equals_its_formulas_however_large_the_mean(mean):
         error = (data - sae.decode(acts[:, :p])).pow(2).sum()
         assert level["fvu"] == pytest.approx((error / total).item(), rel=1e-4)
         assert level["l0"] == pytest.approx(float((acts[:, :p] > 0).sum() / 300))
-    assert figures["dead"] == float((acts.amax(dim=0) == 0).float().mean())
+        assert level["dead"] == pytest.approx(float((acts[:, :p].amax(dim=0) == 0).float().mean()))
     cosine = sae.W_dec @ sae.W_dec.T - 2 * torch.eye(32)
     assert figures["max_cosine"] == pytest.approx(cosine.max(dim=1).values.mean().item(), rel=1e-5)
 
