@@ -423,9 +423,9 @@ def show_figures(title, columns, results):
 
 # --------------------------------------------------------------------------------------- harvest and evaluate
 SPLICED = {"latents": "{latents:,}", "loss": "{spliced:.4f}", "recovered": "{recovered:.1%}"}
-PROBED = {"latents": "{latents:,}", "raw row": "{raw[f1]:.3f}", "k=1": "{probes[0][f1]:.3f}",
-          "2": "{probes[1][f1]:.3f}", "5": "{probes[4][f1]:.3f}", "main silent": "{main_silent:.1%}",
-          "absorbed": "{absorption:.1%}", "split": "{splitting:.1f}"}
+PROBED = {"latents": "{latents:,}", "raw": "{raw[f1]:.3f}", "k=1": "{probes[0][f1]:.3f}",
+          "k=5": "{probes[4][f1]:.3f}", "main\nsilent": "{main_silent:.1%}", "absorbed": "{absorption:.1%}",
+          "split": "{splitting:.1f}"}
 
 
 def tiny_model(path, layer, device, tokens, n_most):
@@ -539,8 +539,8 @@ def evaluate(checkpoints, acts, labels, tokens, max_tokens, model_path, layer, d
         title = "Cross-entropy over {tokens:,} tokens: {clean:.4f}, zeroed {zeroed:.4f}, spliced in"
         show_table(title.format(**found["loss"]), SPLICED, results, lambda each: each["loss"]["prefixes"])
     if labels:
-        show_table("F1 of probes: on the raw row, on k latents", PROBED, results, lambda each: [
-            each["labels"] | level for level in each["labels"]["prefixes"]])
+        show_table("F1 of probes on raw rows and on k latents; what becomes of a label", PROBED, results,
+                   lambda each: [each["labels"] | level for level in each["labels"]["prefixes"]])
 
 
 def label_rows(path, rows, most=20_000):

@@ -1171,7 +1171,7 @@ def test_harvest_train_and_eval_from_tokens_to_a_verdict(here):
     np.save("labels.npy", ids[(ids != msae.BEGIN) & (ids != msae.PAD)] % 3 * 10)
     output = run("eval", "new", "new/vanilla", "--acts", "rows.npy", "--labels", "labels.npy",
                  "--tokens", "ids.jsonl", "--model", "tiny.pt", "--layer", 2, "--max-tokens", 1000)
-    assert all(word in output for word in ("recovered", "absorbed", "raw row"))
+    assert all(word in output for word in ("recovered", "absorbed", "k=5"))
     for folder, levels in (("new", 5), ("new/vanilla", 1)):
         assert json.loads(Path(folder, "eval.json").read_text())["rows"] < n / 2  # of training, left alone
         found = json.loads(Path(folder, "eval-rows.json").read_text())
