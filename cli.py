@@ -8,7 +8,6 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 
 import contextlib
 import dataclasses
-import functools
 import io
 import json
 import math
@@ -111,14 +110,6 @@ def read_json(path):
         return dict(**json.loads(path.read_text(encoding="utf-8-sig")))  # Windows puts a byte order mark
 
 
-def new_config(settings, kind=msae.TrainConfig):
-    """``kind(**settings)``; a setting that is unknown, missing or of a wrong type is a ``ValueError``."""
-    try:
-        return kind(**settings)
-    except TypeError as error:
-        raise ValueError(f"settings: {str(error).split('() ')[-1]}") from None
-
-
 def cell(text, figures):
     """``text`` with figures filled in; nothing where one is missing or None."""
     try:
@@ -182,7 +173,8 @@ def toy(config, seed, seeds, out):
     torch.set_num_threads(1)  # 20 x 20 matrices: threads would only wait for each other
     for number in range(seed, seed + seeds):
         started, saes = time.perf_counter(), {}
-        tree, configs = new_config(settings, functools.partial(toy_setup, number))
+        with msae.reading(config, "a toy"):
+            tree, configs = toy_setup(number, **settings)
         n = configs["vanilla"].steps * configs["vanilla"].batch_size
         rows = tree.sample(min(n, 2**25 // tree.d_model), number)  # at most 128 MiB
         out.mkdir(parents=True, exist_ok=True)
@@ -376,10 +368,11 @@ def run_config(path, spare, options):
     settings |= {name: value for name, value in options.items() if value is not None}
     if "n_latents" not in settings:
         raise click.UsageError("Missing option '--latents', the number of latents, or n_latents in --config.")
-    if spare is not None or "n_latents_start" not in settings:
-        n_latents = new_config(settings | {"n_latents_start": None}).n_latents
-        settings["n_latents_start"] = n_latents + (round(n_latents / 4) if spare is None else spare)
-    return new_config(settings)
+    with msae.reading("this run", "possible"):
+        if spare is not None or "n_latents_start" not in settings:
+            n_latents = msae.TrainConfig(**settings | {"n_latents_start": None}).n_latents
+            settings["n_latents_start"] = n_latents + (round(n_latents / 4) if spare is None else spare)
+        return msae.TrainConfig(**settings)
 
 
 def alone(cfg, level, folder):
