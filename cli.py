@@ -39,12 +39,12 @@ NEW_FILE, FOLDER = click.Path(dir_okay=False, path_type=Path), click.Path(file_o
 
 class AtLeast(click.IntRange):
     def _describe_range(self):
-        return f"{self.min} or more"
+        return f"{self.min} to {self.max}" if self.max else f"{self.min} or more"
 
 
 class Terminal(Console):
     def on_broken_pipe(self):
-        raise  # what was caught: rich would exit, but the work is to be saved first
+        raise  # the BrokenPipeError that is handled: rich would exit, but the work is to be saved first
 
 
 console = Terminal(markup=False, emoji=False, highlight=False)
@@ -97,7 +97,8 @@ def main():
     for name in {"SIGINT", "SIGTERM", "SIGHUP"} & {*dir(signal)}:  # Windows has no SIGHUP
         number = getattr(signal, name)
         if signal.getsignal(number) is signal.SIG_DFL:  # one that is ignored stays so
-            signal.signal(number, lambda number, frame: sys.exit(128 + number))
+            signal.signal(number, lambda number, frame: (
+                signal.signal(number, signal.SIG_DFL), sys.exit(128 + number)))  # a second one acts at once
 
 
 def must_be_new(file):
@@ -286,7 +287,8 @@ def train(acts, device, out, config, spare, baseline, family, resume, save_minut
     Ctrl-C saves first; the same command with --resume goes on. With several processes, torchrun takes the
     place of python. The checkpoint keeps model_name, hook_name, dataset, base_model of acts.npy.json, if any.
     """
-    cfg, beside, figures, last = run_config(config, spare, options), Path(f"{Path(acts)}.json"), {}, {}
+    cfg, figures, last = run_config(config, spare, options), {}, {}
+    beside = next(Path(acts).glob("*.npy.json"), Path(f"{Path(acts)}.json"))  # of the first of many files
     about = read_json(beside) if beside.is_file() else {}
     about = {key: about[key] for key in ("model_name", "hook_name", "dataset", "base_model") if key in about}
     about["acts"] = str(Path(acts).resolve())
@@ -294,30 +296,34 @@ def train(acts, device, out, config, spare, baseline, family, resume, save_minut
     rows, held_out = msae.Rows(acts).within(cfg.max_norm).split_off(0.1, cfg.seed)
     folder = out or default_folder(Path("runs", f"{Path(acts).stem}-{cfg.n_latents}"), resume, is_first)
     runs = [("matryoshka", cfg, folder), *[("vanilla", cfg.vanilla(), folder / "vanilla")] * baseline]
-    n_runs = len(runs) + family * len(cfg.prefix_lengths())
+    n_runs, started = len(runs) + family * len(cfg.prefix_lengths()), time.time()
     epochs = cfg.steps * cfg.batch_size / max(1, len(rows))
     try:
         new = ", where nothing is saved yet" if resume and not (folder / msae.STATE).exists() else ""
         say(f"{len(rows):,} rows of width {rows.d_model}, {len(held_out):,} more held out; {cfg.steps:,} "
             f"steps, {epochs:,.1f} epochs; {cfg.k:g} of {cfg.n_latents:,} latents a row; to {folder}{new}")
-        with process_group(device):
-            for number, (name, own, where) in enumerate(runs, 1):  # which a family makes longer
-                last.clear()
-                part = f"{name} {number} of {n_runs}" if n_runs > 1 else "train"
-                with progress(f"{part}  step", own.steps, TRAINING) as show:
-                    sae = msae.train(rows, own, device=device, out=where, resume=resume, metadata=about,
-                                     on_log=lambda found: last.update(found) or show(found),
-                                     save_minutes=save_minutes)
-                found = figures[name] = figures_of(sae, held_out, own, last)
-                if not last:
-                    say(f"{where} was finished before")
-                if is_first and (last or not (where / "eval.json").exists()):
-                    msae.write(where / "eval.json", found)
-                if family and where == folder:
-                    runs += [alone(cfg, level, folder) for level in found["prefixes"]]
-    except BaseException as error:
-        if is_first and (last or not isinstance(error, (ValueError, OSError))):  # it has not been refused
-            show_how_to_resume(folder)
+        if "LOCAL_RANK" in os.environ:  # of torchrun
+            if device.type == "cuda":
+                torch.cuda.set_device(device)
+            torch.distributed.init_process_group()
+            click.get_current_context().call_on_close(torch.distributed.destroy_process_group)
+        for number, (name, own, where) in enumerate(runs, 1):  # which a family makes longer
+            last.clear()
+            part = f"{name} {number} of {n_runs}" if n_runs > 1 else "train"
+            with progress(f"{part}  step", own.steps, TRAINING) as show:
+                sae = msae.train(rows, own, device=device, out=where, resume=resume, metadata=about,
+                                 on_log=lambda found: last.update(found) or show(found),
+                                 save_minutes=save_minutes)
+            found = figures[name] = figures_of(sae, held_out, own, last)
+            if not last:
+                say(f"{where} was finished before")
+            if is_first and (last or not (where / "eval.json").exists()):
+                msae.write(where / "eval.json", found)
+            if family and where == folder:
+                runs += [alone(cfg, level, folder) for level in found["prefixes"]]
+    except BaseException:
+        if is_first:
+            show_how_to_resume(folder, started)
         raise
     finally:
         if is_first and not out:
@@ -333,20 +339,6 @@ def train(acts, device, out, config, spare, baseline, family, resume, save_minut
                   f"measure it    python cli.py eval {folder} --acts OTHERS.npy\n"
                   f"look at it    python cli.py look {folder}\nshare it      python cli.py push {folder}",
                   soft_wrap=True)
-
-
-@contextlib.contextmanager
-def process_group(device):
-    """That of torchrun, where it started this process."""
-    if several := "LOCAL_RANK" in os.environ:
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield
-    finally:
-        if several:
-            torch.distributed.destroy_process_group()
 
 
 def figures_of(sae, held_out, cfg, last):
@@ -398,8 +390,9 @@ def default_folder(path, resume, is_first):
     return path
 
 
-def show_how_to_resume(folder):
-    if state := max(folder.rglob(msae.STATE), key=os.path.getmtime, default=None):
+def show_how_to_resume(folder, started):
+    state = max(folder.rglob(msae.STATE), key=os.path.getmtime, default=None)
+    if state and state.stat().st_mtime > started:  # else it was refused
         steps = torch.load(state, map_location="cpu", weights_only=True, mmap=True)["trainer"]["steps_done"]
         click.echo(f"step {steps} is saved in {state.parent}; to go on, repeat the command with "
                    f"--out {folder} --resume", err=True)
@@ -467,6 +460,8 @@ def harvest(model_path, layer, device, tokens, max_rows, dtype, out, resume):
     """Write TinyModel's residual stream as rows for train. [BEGIN] and [PAD] give none."""
     if not resume:
         must_be_new(out)
+    old = len(msae.read_npy(out)) if resume and out.exists() else 0
+    max_rows = max(old, max_rows)
     model, hooks, ids = tiny_model(model_path, layer, device, tokens, max_rows)
     total = min(max_rows, int(torch.isin(ids, torch.tensor(DROPPED), invert=True).sum()))
     width = model.embed.weight.shape[1]
@@ -475,16 +470,19 @@ def harvest(model_path, layer, device, tokens, max_rows, dtype, out, resume):
     if size > room:
         raise OSError(f"{out} would take {size / 1e9:.1f} GB, {room / 1e9:.1f} GB are free: lower --max-rows")
     base = {} if Path(model_path).exists() else {"base_model": msae.TINY_MODEL[0]}  # from the Hub
-    msae.write(f"{out}.json", {"model_name": Path(model_path).name, "hook_name": hooks[layer],
-                               "dataset": tokens if Path(tokens).exists() else DATASET, **base})
+    about, beside = {"model_name": Path(model_path).name, "hook_name": hooks[layer],
+                     "dataset": tokens if Path(tokens).exists() else DATASET, **base}, Path(f"{out}.json")
+    if old and beside.exists() and (was := read_json(beside)) != about:
+        raise ValueError(f"--resume must go on with what {beside} says, {was}, got {about}")
+    msae.write(beside, about)
     try:
         with progress("harvest  row", total) as show:
-            msae.harvest(model, model.layers[layer], ids.split(64), out, at="input", drop=DROPPED,
-                         dtype=dtype, max_rows=max_rows, resume=resume, on_rows=show)
+            n = msae.harvest(model, model.layers[layer], ids.split(64), out, at="input", drop=DROPPED,
+                             dtype=dtype, max_rows=max_rows, resume=resume, on_rows=show)
     except (KeyboardInterrupt, SystemExit, OSError):
         click.echo(f"{out} keeps the rows so far; the same command with --resume goes on", err=True)
         raise
-    click.echo(f"{total:,} rows in {out}; next:  python cli.py train --acts {out} --latents {4 * width}")
+    click.echo(f"{n:,} rows in {out}; next:  python cli.py train --acts {out} --latents {4 * width}")
 
 
 @main.command("eval", epilog="Example: python cli.py eval runs/acts-3072 --acts held.npy --labels labels.npy")
@@ -539,7 +537,7 @@ def evaluate(checkpoints, acts, labels, tokens, max_tokens, model_path, layer, d
 def label_rows(path, rows, most=20_000):
     """(x (n, D), y (n, C) booleans, C names) of at most ``most`` of ``rows``, in random whole blocks."""
     labels, n = msae.read_npy(path), len(rows)
-    labels = labels.reshape(-1) if labels.size == n else labels
+    labels = labels.reshape(-1) if labels.size == n else labels  # of shape (n, 1), (docs, positions)
     sound = labels.dtype.kind in "iub" and labels.shape in ((n,), (n, labels.size // n or 1))
     values = np.unique(labels).astype(np.int64) if sound else ()
     if not 0 < len(values) <= 1000 or labels.ndim == 2 and not set(values) <= {0, 1}:
@@ -549,9 +547,15 @@ def label_rows(path, rows, most=20_000):
     x = rows.read_all()
     near = ~rows.too_far(x)
     y = labels[chosen][near.numpy()].astype(np.int64)
-    values = np.unique(y)  # of the rows that are left
-    y, names = (y == 1, range(y.shape[1])) if y.ndim == 2 else (y[:, None] == values, values)
-    return x[near].float(), torch.from_numpy(y), [str(name) for name in names]
+    names = np.arange(y.shape[1]) if y.ndim == 2 else np.setdiff1d(values, 0 if {*values} == {0, 1} else [])
+    y = y == 1 if y.ndim == 2 else y[:, None] == names
+    enough = np.minimum(y.sum(axis=0), (~y).sum(axis=0)) >= 10
+    few = f"labels with less than 10 rows with them or without: {', '.join(map(str, names[~enough]))}"
+    if not enough.any():
+        raise ValueError(f"{path} has only {few}")
+    if not enough.all():
+        say(f"left out: {few}")
+    return x[near].float(), torch.from_numpy(y[:, enough]), names[enough].astype(str).tolist()
 
 
 def some_blocks(rows, most):
@@ -719,12 +723,12 @@ def read_vocab(path):
 
 def write_page(file, sae, codes, chosen, documents, tokens, most, **more):
     """Write the page of ``most`` latents at most, by the ``codes`` and ``tokens`` of the ``chosen`` rows."""
-    def context(row, acts, peak):
+    def context(row, acts, of):
         near = [i for i in range(row - 10, row + 6) if 0 <= i < len(text) and text[i] == text[row]]
-        shades = "".join(np.base_repr(round(35 * acts.get(i, 0) / peak), 36) for i in near)
-        others = starts[row] + np.argsort(-value[starts[row]:starts[row + 1]])[:9]
+        shades = "".join(np.base_repr(round(35 * acts.get(i, 0) / of["max"]), 36) for i in near)
+        others = latent[starts[row] + np.argsort(-value[starts[row]:starts[row + 1]])[:9]].tolist()
         return {"row": int(numbers[row]), "act": acts[row], "from": near[0], "at": row - near[0],
-                "shades": shades, **({} if tokens else {"others": latent[others].tolist()})}
+                "shades": shades, **({} if tokens else {"others": [n for n in others if n != of["latent"]]})}
 
     (starts, latent, value, far), F, ends = codes, len(sae.b_enc), list(sae.prefixes)
     latents, numbers, counts = [], np.flatnonzero(chosen), np.bincount(latent, minlength=F)
@@ -735,7 +739,7 @@ def write_page(file, sae, codes, chosen, documents, tokens, most, **more):
         for figures, at, own in msae.latent_figures(sae, starts, latent, value, shown):
             acts = dict(zip(at.tolist(), own.tolist()))
             for kind in ("largest", "random"):
-                figures[kind] = [context(row, acts, figures["max"]) for row in figures[kind]]
+                figures[kind] = [context(row, acts, figures) for row in figures[kind]]
             latents.append(figures)
             show(len(latents))
     about = f"{len(far):,} rows, {far.sum():,} too far out; the {len(shown):,} most frequent of {F:,} latents"

@@ -158,7 +158,7 @@ def nested_loss(x, acts, W_dec, b_dec, prefixes, weights=None):
 
 
 def batch_loss(sae, x, n, prefixes, weights=None):
-    """The loss of a step: ``nested_loss`` of rows ``x`` (B, D), of whose codes the ``n`` largest are kept."""
+    """A step's loss (gradients: section 5): ``nested_loss`` of ``x`` (B, D) by the ``n`` largest codes."""
     pre = sae.pre_acts(x)
     values, index = batch_topk(pre, n)
     acts = torch.zeros_like(pre).flatten().scatter(0, index, values).view_as(pre)
@@ -290,7 +290,7 @@ class Trainer:
     ``sae.threshold``, by which rows are encoded alone, is the moving average of the cuts."""
 
     def __init__(self, cfg, d_model, device="cpu", mean=0.0, scale=1.0):
-        self.cfg, self.device = cfg, torch.device(device)
+        self.cfg, self.device = cfg, torch.empty(0, device=device).device  # with its index
         self.scale = torch.as_tensor(scale).float().expand(d_model).to(self.device)
         kind = self.device.type
         old_gpu = kind == "cuda" and torch.cuda.get_device_capability(device)[0] < 8  # no bfloat16 units
@@ -378,8 +378,8 @@ class Trainer:
         per_latent = self.energy.new_zeros(2, F)  # share of active rows, mean square
         entries = torch.stack([(values > 0).float(), values.square()])
         per_latent.index_add_(1, index % F, entries).div_(rows)
-        cut = values.min() if len(values) == self.n_kept(rows) else torch.zeros_like(loss)  # few are positive
-        seen = torch.cat([per_latent.flatten(), torch.stack([cut, loss, torch.full_like(loss, self.stop)])])
+        others = torch.stack([values.min(), loss, torch.full_like(loss, self.stop)])
+        seen = torch.cat([per_latent.flatten(), others])
         if world > 1:
             for tensor in (seen, *(parameter.grad for parameter in self.sae.parameters())):
                 distributed.all_reduce(tensor)
@@ -442,7 +442,7 @@ class Trainer:
                              "threshold": self.sae.threshold[keep] * length})
         sae.metadata = {"k": self.cfg.k, "training": dataclasses.asdict(self.cfg)}
         sound = sae.W_dec.any(dim=1).all() and all(tensor.isfinite().all() for tensor in sae.parameters())
-        _require(sound, f"training diverged by step {self.steps_done}, try a lower lr: weights", "NaN or 0")
+        _require(sound, f"diverged by step {self.steps_done}, lower lr: weights must be finite", "NaN or 0")
         return sae.to(self.device)
 
     def state_dict(self):
@@ -598,12 +598,12 @@ def train(acts, cfg, *, device="cpu", out=None, resume=False, save_minutes=10.0,
     def checkpoint():
         sae = trainer.export()
         sae.metadata.update(metadata or {})
-        if trainer.steps_done:
+        if trainer.steps_done and len(aside):
             calibrate(sae, aside, cfg.k)
         if folder:
-            with open(folder / METRICS, "ab") as log:
-                write(folder / STATE, {"fingerprint": fingerprint, "log_bytes": log.tell(),
-                                       "trainer": trainer.state_dict()})
+            logged = (folder / METRICS).stat().st_size if (folder / METRICS).exists() else 0
+            write(folder / STATE, {"fingerprint": fingerprint, "log_bytes": logged,
+                                   "trainer": trainer.state_dict()})
             sae.save(folder)
         return sae
 
@@ -835,7 +835,7 @@ class Rows:
                         rows = rows.to(device)  # beside the steps
                         near = order[~pool.too_far(rows).cpu().numpy()[order]]
                         # the first ones also take the places of those left out
-                        order = torch.from_numpy(np.resize(near, len(order))[skip:]).to(device)
+                        order = torch.from_numpy(np.resize(near, near.size and order.size)[skip:]).to(device)
                     yield rows, order
                 skip = max(0, skip - len(pool))
 
@@ -908,13 +908,13 @@ def download(repo, names, revision=None, repo_type="model"):
 
 
 @torch.no_grad()
-def evaluate(sae, rows, batch_size=4096, on_rows=lambda done: None):
+def evaluate(sae, rows, batch_size=4096, max_norm=10.0, on_rows=lambda done: None):
     """Figures of ``sae`` over raw ``rows``: ``fvu = sum |x - recon|^2 / sum |x - mean|^2``, ``l0`` active
     latents per row, ``dead`` share that never fires, mean ``max_cosine`` of a decoder row with another, all
     by prefix too; number of ``rows`` and those ``left_out``; ``massive``: the dimensions that hold 90 % of
     the variance, FVU of the others; ``frequencies``: latents on a share in [edge, next); ``remarks``."""
-    rows, levels, device, done, seen = Rows(rows), sae.prefixes, sae.b_dec.device, 0, 0
-    sizes = np.diff(levels, prepend=0).tolist()
+    rows, levels, device = Rows(rows).within(max_norm), sae.prefixes, sae.b_dec.device
+    sizes, done, seen = np.diff(levels, prepend=0).tolist(), 0, 0
     fired = torch.zeros(len(sae.b_enc), dtype=torch.long, device=device)  # rows where each latent is on
     sums, squares, *errors = torch.zeros(2 + len(levels), rows.d_model, dtype=torch.float64)  # by dimension
     for part in rows.parts(batch_size):
@@ -980,7 +980,7 @@ def loss_recovered(model, module, sae, batches, at="input", drop=()):
                 output = model(ids)
             logits = getattr(output, "logits", output)[:, :-1][keep[:, 1:]]
             sums[i] += float(nn.functional.cross_entropy(logits.float(), target, reduction="sum"))
-    _require(n > 0, "the batches must have tokens to predict, number of them", n)
+    _require(n > 0, "the batches must have tokens to predict", n)
     clean, zeroed, *spliced = (sums / n).tolist()
     gap = zeroed - clean
     return {"clean": clean, "zeroed": zeroed, "tokens": n, "prefixes": [
@@ -1302,10 +1302,11 @@ def harvest(model, module, batches, out, at="output", drop=(), dtype="float16", 
     ``batches``: token ids (B, T), or dicts of what ``model`` takes by name, with "input_ids". Ids in
     ``drop``, and what an "attention_mask" leaves out, give no row. ``ValueError`` where rows do not fit."""
     _require(resume or not Path(out).exists(), "out must be a new file, or resume be set", out)
-    _require(not model.training, "model must be in evaluation mode, model.eval(): training", model.training)
+    _require(not model.training, "model must be in evaluation mode, model.eval()", "one in training")
     _require(dtype in ("float16", "float32"), "dtype must be float16 or float32", dtype)
-    n, n_texts, device = 0, 0, next(model.parameters()).device
+    n, n_texts, device, beside = 0, 0, next(model.parameters()).device, Path(out).with_suffix(".ids.npy")
     old = read_npy(out) if resume and Path(out).exists() else ()
+    _require(len(old) == 0 or len(read_npy(beside)) >= len(old), f"{beside} must be as long as {out}", "less")
     least, max_rows = max(1, len(old)), max(len(old), max_rows or 2**62)
     for batch in batches:
         inputs = {"input_ids": batch} if isinstance(batch, torch.Tensor) else batch
@@ -1326,15 +1327,15 @@ def harvest(model, module, batches, out, at="output", drop=(), dtype="float16", 
         if n < len(old):  # the last batch there, made again
             was, now = old[n:], rows[:len(old) - n]
             same = was.dtype == now.dtype and np.allclose(was, now, 0.01, 0.01 * np.median(abs(now)))
-            _require(same, f"{out} must hold what is harvested now, not so from row", n)
+            _require(same, f"{out} must be of this model and these ids, in {dtype}, but differs after row", n)
         new = slice(max(0, len(old) - n), max_rows - n)
-        append_rows(Path(out).with_suffix(".ids.npy"), n + new.start, tokens[new])
+        append_rows(beside, n + new.start, tokens[new])
         append_rows(out, n + new.start, rows[new])
         n += len(rows[:new.stop])
         on_rows(n)
         if n == max_rows:
             break
-    _require(n >= least, f"the batches must give at least {least} rows, number of them", n)
+    _require(n >= least, f"the batches must give at least {least} rows", n)
     return n
 
 
@@ -1345,6 +1346,5 @@ def append_rows(path, n, rows):
         np.lib.format.write_array_header_1_0(file, header)
         file.seek(n * rows.strides[0], os.SEEK_CUR)
         file.write(rows.data)
-        file.flush()
         file.seek(0)  # the header is as long as before: numpy leaves room for n to grow
         np.lib.format.write_array_header_1_0(file, header | {"shape": (n + len(rows), rows.shape[1])})
