@@ -511,7 +511,7 @@ def evaluate(checkpoints, acts, labels, tokens, max_tokens, model_path, layer, d
             raise click.UsageError(f"--layer {layer} is not where {path} was trained, {hook}")
     must_be_new(out)
     for path, sae in saes.items():
-        found = results[path] = {"checkpoint": path, "acts": acts}
+        found = results[path] = {"checkpoint": path, "acts": Path(acts).name}
         if tokens:  # and labels first, as they may be refused and rows may take hours
             texts, module = ids.split(8), model.layers[layer]  # more logits would take much memory
             with progress(f"{path}  batch", len(texts)) as show:
