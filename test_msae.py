@@ -652,7 +652,6 @@ def test_killed_at_random_moments_and_resumed_the_weights_are_the_same(here):
     command, moments, kills, process = [*TRAIN, "--steps", 600, "--pareto", 4], random.Random(0), 0, None
     run(*command, "--out", "whole")
     while process is None or process.exitcode != 0:
-        # --save-minutes 0: every step
         process = forked([*command, "--out", "cut", "--save-minutes", 0, "--resume"], "output")
         process.join(moments.uniform(0, 0.3) if kills < 8 else None)
         kills += process.is_alive()
