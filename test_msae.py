@@ -649,7 +649,7 @@ def test_a_second_ctrl_c_acts_at_once(tmp_path):
 
 @needs_fork
 def test_killed_at_random_moments_and_resumed_the_weights_are_the_same(here):
-    command, moments, kills, process = [*TRAIN, "--steps", 600, "--pareto", 4], random.Random(0), 0, None
+    command, moments, kills, process = [*TRAIN, "--steps", 300, "--pareto", 4], random.Random(0), 0, None
     run(*command, "--out", "whole")
     while process is None or process.exitcode != 0:
         process = forked([*command, "--out", "cut", "--save-minutes", 0, "--resume"], "output")
