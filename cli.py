@@ -97,8 +97,12 @@ def main():
     for name in {"SIGINT", "SIGTERM", "SIGHUP"} & {*dir(signal)}:  # Windows has no SIGHUP
         number = getattr(signal, name)
         if signal.getsignal(number) is signal.SIG_DFL:  # one that is ignored stays so
-            signal.signal(number, lambda number, frame: (
-                signal.signal(number, signal.SIG_DFL), sys.exit(128 + number)))  # a second one acts at once
+            signal.signal(number, leave)
+
+
+def leave(number, frame):
+    signal.signal(number, signal.SIG_DFL)  # a second one acts at once
+    sys.exit(128 + number)
 
 
 def must_be_new(file):
@@ -288,7 +292,7 @@ def train(acts, device, out, config, spare, baseline, family, resume, save_minut
     place of python. The checkpoint keeps model_name, hook_name, dataset, base_model of acts.npy.json, if any.
     """
     cfg, figures, last = run_config(config, spare, options), {}, {}
-    beside = next(Path(acts).glob("*.npy.json"), Path(f"{Path(acts)}.json"))  # of the first of many files
+    beside = min(Path(acts).glob("*.npy.json"), default=Path(f"{Path(acts)}.json"))  # the first of a folder
     about = read_json(beside) if beside.is_file() else {}
     about = {key: about[key] for key in ("model_name", "hook_name", "dataset", "base_model") if key in about}
     about["acts"] = str(Path(acts).resolve())

@@ -230,9 +230,9 @@ class TrainConfig:
         F, window = self.n_latents, self.prune_window
         n_prefixes, weights = self.n_prefixes or len(self.prefix_lengths()), self.weights()
         for name, most in dict(k=F, k_start=F, n_prefixes=F, pareto_power=1, decay_fraction=1).items():
-            value = getattr(self, name) or 0
-            _require(value <= most, f"{name} must be at most {most}", value)
+            _require((value := getattr(self, name) or 0) <= most, f"{name} must be at most {most}", value)
         for name, ok, rule in (
+            ("k", round(min(self.k, self.k_start or F) * self.batch_size) >= 1, "keep an entry of a batch"),
             ("k_anneal_steps", self.k_anneal_steps > 0 or not self.k_start, "be at least 1 with k_start"),
             ("n_prefixes", not self.n_prefixes or self.prefixes is None, "not be given with prefixes"),
             ("level_weights", len(weights) == n_prefixes and any(weights), "be one a prefix, not all 0"),
@@ -734,6 +734,7 @@ class Rows:
     def within(self, max_norm):
         """All rows but those further from the median row than ``max_norm`` times the median distance, by a
         sample, unless over 5 % are: a few massive ones ruin an SAE. A limit set before stays."""
+        _require(max_norm >= 1, "max_norm must be at least 1", max_norm)
         if self.limited:
             return self
         chosen, sample = Rows(self), self.split_off(1.0, 0)[1].read()
@@ -784,10 +785,9 @@ class Rows:
     def too_far(self, rows):
         """Which of all its ``rows`` (n, D), on any device, are left out: (n,)."""
         size = max(1, (2**16 if rows.device.type == "cpu" else 2**26) // self.d_model)  # that stay in a cache
-        centre = self.centre.to(rows.device)
-        distance = centre.new_empty(len(rows))
+        distance = self.centre.new_empty(len(rows), device=rows.device)
         for part, out in zip(rows.split(size), distance.split(size)):
-            torch.linalg.vector_norm(part - centre, dim=1, out=out)
+            torch.linalg.vector_norm(part - self.centre.to(rows.device), dim=1, out=out)
         if not distance.isfinite().all():
             for part, start, stop in self.blocks:  # of large numbers only the squares are not finite
                 finite, rows = rows[:stop - start].isfinite().all(dim=1), rows[stop - start:]

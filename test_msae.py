@@ -308,7 +308,7 @@ def test_schedules():
 
 
 BAD_SETTINGS = {
-    "k": [0, -1, 33, float("nan"), True, "4", None],
+    "k": [0, -1, 33, 0.001, float("nan"), True, "4", None],
     "n_latents": [0, -5, 2.5, None],
     "prefixes": [(), (4, 4, 32), (8, 4, 32), (4, 12), (4, 33), (0, 32), (-1, 32), (0.5, 0.2, 1), (4.5, 32)],
     "n_prefixes": [0, 33], "pareto_power": [0, 1.5], "order": ["sorted"], "batch_size": [0], "steps": [0],
