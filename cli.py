@@ -1,13 +1,18 @@
-"""Command line over msae: parse, one library call, show."""
+"""The command line of msae: each command reads its options, calls the library, shows the result.
+
+What all commands share comes first: the terminal, options, readers of files, tables and progress.
+Then a section for each command, which starts with the command and goes on with what it calls:
+train, harvest, eval, look, toy, bench, push. The method is in msae.py alone.
+"""
 
 import os
 import signal
 
+# The imports below take seconds. Until they are done, Ctrl-C ends the process without a traceback.
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the imports take seconds: Ctrl-C ends them without a trace
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import contextlib
-import dataclasses
 import io
 import json
 import math
@@ -15,9 +20,12 @@ import shutil
 import sys
 import time
 import warnings
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
 
 import click
+import huggingface_hub
 import numpy as np
 import torch
 from click import option
@@ -28,793 +36,1296 @@ from rich.progress import Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.terminal_theme import DEFAULT_TERMINAL_THEME
 from rich.text import Text
+from torch.nn.functional import normalize
 
 import msae
 
-EVALS, DROPPED = "eval*.json", (msae.BEGIN, msae.PAD)  # eval.json, of train, and eval-ROWS.json, of eval
-DATASET, PUBLISHED_TOKENS = "noanabeshima/TinyModelTokIds", ("train.jsonl", "validation.jsonl")
-OLD_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
-NEW_FILE, FOLDER = click.Path(dir_okay=False, path_type=Path), click.Path(file_okay=False, path_type=Path)
-
-
-class AtLeast(click.IntRange):
-    def _describe_range(self):
-        return f"{self.min} to {self.max}" if self.max else f"{self.min} or more"
+# ------------------------------------------------------------------------------------- the terminal
 
 
 class Terminal(Console):
-    def on_broken_pipe(self):
-        raise  # the BrokenPipeError that is handled: rich would exit, but the work is to be saved first
+    def on_broken_pipe(self) -> NoReturn:
+        raise  # the BrokenPipeError in hand: rich would exit here, before the work is saved
 
 
 console = Terminal(markup=False, emoji=False, highlight=False)
 
 
-def say(*words):
-    """Print what is said in passing: a closed pipe or a full disk does not end the work."""
+def say(text: str) -> None:
+    """Print a line in passing: a closed pipe or a full disk does not end the work."""
     with contextlib.suppress(OSError):
-        console.print(*words, soft_wrap=True)
+        console.print(text, soft_wrap=True)
 
 
-def available(ctx, param, name):
-    """``torch.device`` of that name; ``ValueError`` if this machine or this build of torch has none."""
-    if name.startswith("cuda") and "LOCAL_RANK" in os.environ:  # torchrun gives each process its own
+def say_warning(message: Warning | str, category: type[Warning], *place: Any) -> None:
+    """What ``warnings`` calls: the library's own warnings are shown, those of torch are not."""
+    if category is UserWarning:
+        say(str(message))
+
+
+# --------------------------------------------------------------- options and the group of commands
+
+
+class AtLeast(click.IntRange):
+    """A whole number; the help text says its range in words."""
+
+    def _describe_range(self) -> str:
+        if self.max:
+            return f"{self.min} to {self.max}"
+        return f"{self.min} or more"
+
+
+def available_device(ctx: click.Context, param: click.Parameter, name: str) -> torch.device:
+    """The device of that name; ``ValueError`` if this machine or this build of torch has none."""
+    if name.startswith("cuda") and "LOCAL_RANK" in os.environ:  # torchrun: one GPU a process
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     with msae.reading(f"--device {name!r:.100}", "available here"):
         return torch.ones(1, device=name).device
 
 
-dtype_option = option("--dtype", help="Of the products: float32, bfloat16 or float16.  [default: by device]")
-device_option = option("--device", default="cuda" if torch.cuda.is_available() else "cpu", callback=available,
-                       help="Or cuda:1.")
-model_option = option("--model", "model_path", default="tiny_model.pt", help="A file, or a published name.")
-norm_option = option("--max-norm", type=click.FloatRange(1), default=10, help="As for train.")
-layer_option = option("--layer", type=AtLeast(0), default=3, help="Stream into this block; 4: the end.")
+def numbers(text: str) -> tuple[float, ...]:
+    """Lengths, as in "8,32", or fractions, which have a point, as in ".25,1.0"."""
+    return tuple(float(number) if "." in number else int(number) for number in text.split(","))
+
+
+EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+NEW_FILE = click.Path(dir_okay=False, path_type=Path)
+FOLDER = click.Path(file_okay=False, path_type=Path)
+FLOATS = click.Choice(["float16", "float32"])
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+# options of several commands
+with_device = option("--device", default=DEVICE, callback=available_device, help="Or cuda:1.")
+with_dtype = option(
+    "--dtype", help="float32, bfloat16, float16: of products.  [default: by device]"
+)
+with_layer = option("--layer", type=AtLeast(0), default=3, help="Stream into it; 4 is the end.")
+with_model = option("--model", "model_path", default="tiny_model.pt", help="A file, or published.")
+with_max_norm = option("--max-norm", type=click.FloatRange(1), default=10, help="As for train.")
 
 
 class Commands(click.Group):
-    """A group that turns what the library refuses into one line and an exit code, never a traceback."""
+    """Turns what the library refuses into one line and an exit code, never a traceback."""
 
-    def invoke(self, ctx):
+    def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
             sys.exit(130)
-        except (click.exceptions.Exit, BrokenPipeError):
+        except (click.exceptions.Exit, BrokenPipeError):  # which click itself handles
             raise
         except (OSError, ValueError, MemoryError, RuntimeError) as error:
-            raise click.ClickException(" ".join(str(error).split()) or "not enough memory") from None
+            line = " ".join(str(error).split())
+            raise click.ClickException(line or "not enough memory") from None
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True}
+
+
+@click.group(cls=Commands, context_settings=SETTINGS)
 @click.version_option(msae.__version__, message="msae %(version)s")
-def main():
+def main() -> None:
     """Matryoshka sparse autoencoders: train, measure and share them."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # one that is ignored stays so
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # not a line for each try of a connection
-    warnings.showwarning = lambda message, kind, *where: kind is UserWarning and say(message)
+    warnings.showwarning = say_warning
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a terminal that cannot show a character shows another
-    for name in {"SIGINT", "SIGTERM", "SIGHUP"} & {*dir(signal)}:  # Windows has no SIGHUP
-        number = getattr(signal, name)
-        if signal.getsignal(number) is signal.SIG_DFL:  # one that is ignored stays so
-            signal.signal(number, leave)
+        stream.reconfigure(errors="replace")  # an ascii terminal shows "?" for other characters
 
 
-def leave(number, frame):
-    signal.signal(number, signal.SIG_DFL)  # a second one acts at once
-    sys.exit(128 + number)
+# ------------------------------------------------------------ readers of the command line's files
+
+NO_ROW = (msae.BEGIN, msae.PAD)  # token ids whose activations are no rows
+SIGNS = {"\n": "⏎", "\t": "⇥", "▁": " "}  # the last is a space in vocabularies of SentencePiece
 
 
-def must_be_new(file):
-    if file and file.exists():
-        raise FileExistsError(f"{file} exists: choose another --out")
-
-
-def read_json(path):
+def read_json(path: Path) -> dict:
+    """The object in a JSON file, which may start with the byte order mark of Windows."""
     with msae.reading(path, "a JSON object"):
-        return dict(**json.loads(path.read_text(encoding="utf-8-sig")))  # Windows puts a byte order mark
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        return dict(**content)  # a list is refused
 
 
-def cell(text, figures):
-    """``text`` with figures filled in; nothing where one is missing or None."""
+def must_be_new(path: Path | None) -> None:
+    if path is not None and path.exists():
+        raise FileExistsError(f"{path} exists: choose another --out")
+
+
+def newest(paths: Iterable[Path]) -> Path | None:
+    return max(paths, key=os.path.getmtime, default=None)
+
+
+def newest_checkpoint() -> Path:
+    """The folder under runs/ whose weights were written last."""
+    weights = newest(Path("runs").glob(f"*/{msae.WEIGHTS}"))
+    if weights is None:
+        raise FileNotFoundError("there is no checkpoint under runs/: train one, or name its folder")
+    return weights.parent
+
+
+def check_width(
+    checkpoint: Path | str, sae: msae.MatryoshkaSAE, acts: str, rows: msae.Rows
+) -> None:
+    width = len(sae.b_dec)
+    if width != rows.d_model:
+        raise ValueError(f"{checkpoint} is for rows of width {width}, {acts} has {rows.d_model}")
+
+
+def read_tokens(
+    path: Path | str, n_vocab: int = 10_000, n_positions: int = 256, n_most: float = math.inf
+) -> torch.Tensor:
+    """Token ids (docs, T) of a ``.npy``, or of a ``.jsonl`` with {"tok_ids": [...]} a line.
+
+    Reading ends once there are ``n_most`` ids that give a row. ``ValueError`` names a bad line.
+    """
+    docs = []
+    n_rows = 0
+    for number, line in enumerate(lines_of(path), 1):
+        where = f"{path}, line {number}"
+        with msae.reading(where, '{"tok_ids": [whole numbers]}'):
+            ids = ids_of_line(line)
+        first = docs[0] if docs else ids
+        check_ids(ids, where, len(first), n_vocab, n_positions)
+        docs.append(ids)
+        n_rows += np.isin(ids, NO_ROW, invert=True).sum()
+        if n_rows >= n_most:
+            break
+    if not docs:
+        raise ValueError(f"{path} is not a file of token ids: it is empty")
+    return torch.from_numpy(np.stack(docs))
+
+
+def lines_of(path: Path | str) -> Iterator[np.ndarray | bytes]:
+    """The rows of a ``.npy``, the lines of any other file."""
+    if str(path).endswith(".npy"):
+        yield from np.atleast_1d(msae.read_npy(path))
+    else:
+        with open(path, "rb") as file:
+            yield from file
+
+
+def ids_of_line(line: np.ndarray | bytes) -> np.ndarray:
+    if isinstance(line, bytes):
+        line = json.loads(line)["tok_ids"]
+    ids = np.array(line).astype(np.int64, casting="same_kind")  # floats are refused
+    if ids.ndim != 1:
+        raise ValueError(f"the ids have shape {ids.shape}")
+    return ids
+
+
+def check_ids(ids: np.ndarray, where: str, n_ids: int, n_vocab: int, n_positions: int) -> None:
+    """``ValueError`` unless these are ``n_ids`` ids, as many as in the first line."""
+    problem = (
+        f"{where}: tok_ids must be 1 to {n_positions} ids in [0, {n_vocab}), "
+        f"{n_ids} as in the first, got {len(ids)}"
+    )
+    if not 0 < len(ids) == n_ids <= n_positions:
+        raise ValueError(problem)
+    outside = ids[(ids < 0) | (ids >= n_vocab)]
+    if len(outside) > 0:
+        raise ValueError(f"{problem} with {outside[0]}")
+
+
+def label_rows(
+    path: Path, rows: msae.Rows, max_rows: int = 20_000
+) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+    """(x (n, D), y (n, C) booleans, names of the C labels), of random blocks of ``rows``.
+
+    A label with less than 10 rows with it, or without it, is left out: its probe would be noise.
+    """
+    labels, values = read_labels(path, len(rows))
+    sample = rows.random_blocks(max_rows, seed=0)
+    x = sample.read_all()
+    is_near = sample.is_near(x)
+    labels = labels[sample.row_numbers()][is_near.numpy()].astype(np.int64)
+    y, names = label_columns(labels, values)
+    n_with = y.sum(axis=0)
+    is_common = np.minimum(n_with, len(y) - n_with) >= 10
+    names = names.astype(str)
+    rare = f"labels with less than 10 rows with them or without: {', '.join(names[~is_common])}"
+    if not is_common.any():
+        raise ValueError(f"{path} has only {rare}")
+    if not is_common.all():
+        say(f"left out: {rare}")
+    y = torch.from_numpy(y[:, is_common])
+    return x[is_near].float(), y, names[is_common].tolist()
+
+
+def read_labels(path: Path, n_rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """(Whole numbers (n,) or columns of 0 and 1 (n, C), the different values)."""
+    labels = msae.read_npy(path)
+    problem = (
+        f"{path} must hold whole numbers ({n_rows},), up to 1000 different, or 0 and 1 "
+        f"({n_rows}, C), got {labels.dtype} {labels.shape} {labels.reshape(-1)[:5]}"
+    )
+    if labels.size == n_rows:  # as (n, 1) or (docs, positions) too
+        labels = labels.reshape(-1)
+    if labels.dtype.kind not in "iub" or labels.ndim not in (1, 2) or len(labels) != n_rows:
+        raise ValueError(problem)
+    values = np.unique(labels).astype(np.int64)
+    if not 0 < len(values) <= 1000:
+        raise ValueError(problem)
+    if labels.ndim == 2 and not set(values.tolist()) <= {0, 1}:
+        raise ValueError(problem)
+    return labels, values
+
+
+def label_columns(labels: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(Booleans (n, C), C names): a column a value; for 0 and 1, one column alone."""
+    if labels.ndim == 2:
+        return labels == 1, np.arange(labels.shape[1])
+    if values.tolist() == [0, 1]:
+        values = values[1:]
+    return labels[:, None] == values, values
+
+
+def token_ids(path: Path | None, acts: Path | str, n: int) -> tuple[np.ndarray, np.ndarray | None]:
+    """(Number of the document, token id) of each of the ``n`` rows of ``acts``: (n,), (n,).
+
+    Without ``path`` they are those that harvest wrote beside ``acts``. Where there are none, each
+    row is a document of its own, and the ids are None.
+    """
+    files = [path]
+    if path is None:
+        row_files = sorted(Path(acts).glob("*.npy")) or [Path(acts)]
+        beside = [file.with_suffix(".ids.npy") for file in row_files]
+        files = [file for file in beside if file.exists()]
+    if not files:
+        return np.arange(n), None
+    ids = np.concatenate([np.atleast_1d(msae.read_npy(file)) for file in files])
+    if ids.dtype.kind in "iu":
+        if ids.shape == (n, 2):
+            return ids[:, 0], ids[:, 1]
+        if ids.size == n and ids.ndim <= 2:
+            return np.arange(n) // ids.shape[-1], ids.reshape(-1)
+    raise ValueError(
+        f"{files[0]} must hold whole numbers ({n}, 2), ({n},) or (docs, positions), "
+        f"got {ids.dtype} {ids.shape}"
+    )
+
+
+def read_vocab(path: Path) -> dict[int, str]:
+    """{id: visible text} of a list of tokens, a map of tokens to ids, or a tokenizer.json."""
+    with msae.reading(path, "a list of tokens, a map of tokens to ids or a tokenizer.json"):
+        vocab = json.loads(path.read_text(encoding="utf-8-sig"))
+        added = []
+        if isinstance(vocab, dict) and isinstance(vocab.get("model"), dict):  # a tokenizer.json
+            added = vocab.get("added_tokens", [])
+            vocab = vocab["model"]["vocab"]
+        ids = vocab.values() if isinstance(vocab, dict) else range(len(vocab))
+        # a Unigram tokenizer lists [token, score]
+        tokens = [token if isinstance(token, str) else token[0] for token in vocab]
+        if any("Ġ" in token for token in tokens):  # the letter for a space in GPT-2's vocabulary
+            letters = gpt2_letters()
+            tokens = [decode_letters(token, letters) for token in tokens]
+        texts = dict(zip(ids, tokens, strict=True))
+        for token in added:
+            texts[token["id"]] = token["content"]
+        return {id: visible(text) for id, text in texts.items()}
+
+
+def gpt2_letters() -> dict[str, bytes]:
+    """{letter: byte}: GPT-2 writes the bytes that cannot be printed as letters from 256 on."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    letters = {chr(byte): bytes([byte]) for byte in printable}
+    others = [byte for byte in range(256) if byte not in printable]
+    for code, byte in enumerate(others, 256):
+        letters[chr(code)] = bytes([byte])
+    return letters
+
+
+def decode_letters(token: str, letters: dict[str, bytes]) -> str:
+    """The UTF-8 text of the bytes for which the letters stand; part of a character becomes �."""
+    content = b"".join(letters.get(letter, letter.encode()) for letter in token)
+    return content.decode(errors="replace")
+
+
+def visible(text: str) -> str:
+    """``text`` with a sign, or its code, for each character that has no shape."""
+    if not text:
+        return "∅"
+    shown = ""
+    for character in text:
+        if character in SIGNS:
+            shown += SIGNS[character]
+        elif character.isprintable():
+            shown += character
+        else:
+            shown += f"\\u{ord(character):04x}"
+    return shown
+
+
+# ------------------------------------------------------------------------------ tables and progress
+
+FIGURE_COLUMNS = {  # heading: text of a cell, from the figures of a prefix
+    "latents": "{latents:,}",
+    "FVU": "{fvu:.4f}",
+    "L0": "{l0:.2f}",
+    "cosine": "{max_cosine:.3f}",
+    "dead": "{dead:.2%}",
+}
+TRAINING_COLUMNS = {**FIGURE_COLUMNS, "silent": "{silent[share]:.2%}"}
+LEGEND = (
+    "cosine: mean of the largest with another decoder row; dead: never fire on these {rows:,} rows"
+)
+LEGEND_OF_SILENT = "; silent: did not on the last {silent[rows]:,} of training"
+LOGGED = "train FVU {fvu:.3f} L0 {l0:.1f} dead {dead:.1%} {rows_per_second:,}/s"
+
+
+def fill(text: str, figures: dict) -> str:
+    """``text`` with ``figures`` filled in; nothing where one of them is missing or None."""
     try:
         return text.format(**figures)
     except (LookupError, TypeError):
         return ""
 
 
-def show_table(title, columns, results, rows_of=list):
-    """A section for each of ``results``, a row for each of its ``rows_of``; columns: texts for ``cell``."""
+def show_table(title: str, columns: dict[str, str], sections: dict[str, list[dict]]) -> None:
+    """Print a table with a section a name, a row for each of its figures."""
     table = Table("", *columns, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.columns[0].overflow = "fold"
-    for name, found in results.items():
-        for figures in rows_of(found):
-            table.add_row(name, *(cell(text, figures) for text in columns.values()))
-            name = ""
+    for name, rows in sections.items():
+        label = name
+        for figures in rows:
+            cells = [fill(text, figures) for text in columns.values()]
+            table.add_row(label, *cells)
+            label = ""
         table.add_section()
-    console.width, width = max(80, console.width), console.width  # cut figures would be none
+    terminal_width = console.width
+    console.width = max(80, terminal_width)  # in a narrower table figures would be cut
     console.print(title, table, sep="\n")
-    console.width = width
+    console.width = terminal_width
+
+
+def show_figures(title: str, columns: dict[str, str], results: dict[str, dict]) -> None:
+    """Print the figures of ``evaluate`` for each name: table, legend and remarks."""
+    first = next(iter(results.values()))
+    title = f"{first['rows']:,} {title}"
+    if first["left_out"]:
+        title += f", {first['left_out']:,} too far out to count"
+    show_table(title, columns, {name: figures["prefixes"] for name, figures in results.items()})
+    lines = [legend(first)]
+    for name, figures in results.items():
+        lines += [f"{name}: {remark}" for remark in figures["remarks"]]
+    console.print(*lines, sep="\n", soft_wrap=True)
+
+
+def legend(figures: dict) -> str:
+    """What the columns mean that have no unit."""
+    return fill(LEGEND, figures) + fill(LEGEND_OF_SILENT, figures)
 
 
 @contextlib.contextmanager
-def progress(label, total, text="{per_second:,.0f}/s"):
-    """A live line in a terminal, else one every ten seconds; yields its callback, for a number or figures."""
-    started, printed = time.monotonic(), -math.inf
-    done = TextColumn("{task.description} {task.completed:,}/{task.total:,}", markup=False)
-    columns = (done, TextColumn("{task.fields[figures]}"), TimeRemainingColumn())
+def progress(label: str, total: int) -> Iterator[Callable[..., None]]:
+    """A live line in a terminal; elsewhere a line every ten seconds, and one at the end.
 
-    def show(found):
-        nonlocal printed
+    Yields ``show(done, text)``, to be called with the number done. The text is by default the rate.
+    """
+    count = TextColumn("{task.description} {task.completed:,}/{task.total:,}", markup=False)
+    columns = (count, TextColumn("{task.fields[text]}"), TimeRemainingColumn())
+    live = Progress(
+        *columns,
+        console=console,
+        disable=not console.is_terminal,
+        speed_estimate_period=3600,  # seconds: reports may be rare
+    )
+    task = live.add_task(label, total=total, text="")
+    started = time.monotonic()
+    last_printed = -math.inf
+
+    def show(done: int, text: str | None = None) -> None:
+        nonlocal last_printed
         now = time.monotonic()
-        if not isinstance(found, dict):
-            found = {"step": found, "per_second": found / max(now - started, 1e-9)}
-        lines.update(task, completed=found["step"], figures=text.format(**found))
-        if not console.is_terminal and (found["step"] == total or now - printed > 10):
-            printed = now
-            say(*(column(lines.tasks[task]) for column in columns))
+        if text is None:
+            rate = done / max(now - started, 1e-9)
+            text = f"{rate:,.0f}/s"
+        live.update(task, completed=done, text=text)
+        is_due = done == total or now - last_printed > 10
+        if is_due and not console.is_terminal:
+            last_printed = now
+            say(" ".join(str(column(live.tasks[0])) for column in columns))
 
-    with Progress(*columns, console=console, disable=not console.is_terminal,
-                  speed_estimate_period=3600) as lines:  # reports may be rare
-        task = lines.add_task(label, total=total, figures="")
+    with live:
         yield show
 
 
-# -------------------------------------------------------------------------------------------------------- toy
-RECOVERED = {"seed": "{seed}", "FVU": "{fvu:.3f}", "L0": "{l0:.2f}", "clean": "{clean:g}/{features:g}",
-             "cos": "{mean_cosine:.3f}", "min": "{min_cosine:.3f}", "absorbed": "{absorbed:.2f}"}
-TRAINING = "FVU {fvu:.3f} L0 {l0:.1f} dead {dead:.1%} {rows_per_second:,}/s"
-SHADES = [*zip(".-+*#", ("#0d082a", "#57106e", "#bc3754", "#f98e09", "#fcffa4"))]  # 0 to 1
+@contextlib.contextmanager
+def training_progress(label: str, n_steps: int) -> Iterator[Callable[[dict], None]]:
+    """``progress`` of a run; yields a function for the figures that ``msae.train`` logs."""
+    with progress(f"{label}  step", n_steps) as show:
+        yield lambda figures: show(figures["step"], LOGGED.format(**figures))
 
 
-@main.command(epilog="Example: python cli.py toy --seeds 10 --out runs/ten-seeds")
-@option("--config", type=OLD_FILE, default=Path(__file__).with_name("toy_config.json"), help="Settings.")
-@option("--seed", type=AtLeast(0, 2**62), default=0, help="First seed: of directions, rows and weights.")
-@option("--seeds", type=AtLeast(1), default=1, help="Number of seeds, one after the other.")
-@option("--out", type=FOLDER, default="runs/toy", help="Folder for toy.json, toy.svg and look.html.")
-def toy(config, seed, seeds, out):
-    """Show absorption, and its cure, on a tree of features. Files are written after each seed."""
-    settings, results = read_json(config), []
-    torch.set_num_threads(1)  # 20 x 20 matrices: threads would only wait for each other
-    for number in range(seed, seed + seeds):
-        started, saes = time.perf_counter(), {}
-        with msae.reading(config, "a toy"):
-            tree, configs = toy_setup(number, **settings)
-        n = configs["vanilla"].steps * configs["vanilla"].batch_size
-        rows = tree.sample(min(n, 2**25 // tree.d_model), number)  # at most 128 MiB
-        out.mkdir(parents=True, exist_ok=True)
-        for name, cfg in configs.items():
-            with progress(f"{name} {number}  step", cfg.steps, TRAINING) as show:
-                saes[name] = msae.train(rows, cfg, on_log=show)
-        figures = {name: msae.toy_figures(sae, tree, seed=number + 1_000_003) for name, sae in saes.items()}
-        results.append({"seed": number, "seconds": round(time.perf_counter() - started, 1), **figures})
-        msae.write(out / "toy.json", results[0] if seeds == 1 else {"seeds": results})
-        paper = Console(record=True, width=6 * len(tree.parent_of) + 20, height=40, file=io.StringIO())
-        paper.print(draw(tree, saes, width=2))
-        svg = paper.export_svg(title="python cli.py toy", theme=DEFAULT_TERMINAL_THEME)
-        msae.write(out / "toy.svg", svg.encode())
-        toy_page(out / "look.html", saes["matryoshka"], tree)
-    show_table("True features recovered", RECOVERED, {name: toy_rows(name, results) for name in configs})
-    console.print(draw(tree, saes, width=1 + (console.width > 140)))
-    click.echo(f"wrote {out / 'toy.json'}, {out / 'toy.svg'} and {out / 'look.html'}")
+# -------------------------------------------------------------------------------------------- train
 
 
-def toy_setup(seed, /, tree, train, **size):
-    """The tree and the configs {"matryoshka", "vanilla"} of settings: tree, train, d_model, norm_std."""
-    tree = msae.FeatureTree(tree, seed=seed, **size)
-    cfg = msae.TrainConfig(**{"n_latents": len(tree.parent_of), **train, "seed": seed})
-    return tree, {"matryoshka": cfg, "vanilla": cfg.vanilla()}
-
-
-def pure_maps(tree, saes):
-    """Matched codes of inputs that are one feature with its parents, {title: (n_features, n_features)}."""
-    pure, norms = torch.eye(len(tree.parent_of)), tree.directions.norm(dim=1)
-    for parent, child in tree.pairs:
-        pure[child] += pure[parent]
-    acts = {name: msae.matched_acts(sae, tree, pure @ tree.directions)[0] for name, sae in saes.items()}
-    return {"true features": pure, **{name: values / norms for name, values in acts.items()}}
-
-
-def toy_rows(name, results):
-    """The figures of an SAE for each seed, and their mean if there are several."""
-    rows = [{"seed": result["seed"], **result[name]} for result in results]
-    for row in rows:
-        rates = [pair["rate"] for pair in row.pop("absorption") if pair["rate"] is not None]
-        row["absorbed"] = np.mean(rates) if rates else math.nan
-    mean = {key: np.mean([row[key] for row in rows]) for key in rows[0]} | {"seed": "mean"}
-    return [*rows, mean] if len(rows) > 1 else rows
-
-
-def shade(value, width, silent=False):
-    """(Signs, style) of a value from 0 to 1: a colour, or a sign where there are no colours."""
-    sign, colour = SHADES[min(4, max(0, round(4 * float(value))))]
-    ring = "o" if width == 1 else "()"
-    return (ring, f"bold #00ccff on {colour}") if silent else (sign * width, f"{colour} on {colour}")
-
-
-def draw(tree, saes, width):
-    """The pure maps beside each other, with cells of ``width`` signs and parents in bold, and a legend."""
-    maps, pictures = pure_maps(tree, saes), []
-    true = maps["true features"]
-    bold = ["bold" if i in tree.parent_of else "" for i in range(len(true))]
-    numbers = [(f"{i:>{width}}"[-width:] if i % 2 == 0 else " " * width, bold[i]) for i in range(len(true))]
-    for title, rows in maps.items():
-        parts = [f"   {title.capitalize():^{len(true) * width}}\n   ", *numbers]
-        for i, row in enumerate(rows):
-            cells = [shade(value, width, on > 0.5 and value < 0.1) for value, on in zip(row, true[i])]
-            parts += ["\n", (f"{i:>2} "[-3:], bold[i]), *cells]
-        pictures.append(Text.assemble(*parts))
-    legend = ("row: a feature is on, with its parent (bold); column: its latent\n", shade(0, width, True),
-              " absorbed: on, but its latent is silent; 0 ", *(shade(i / 4, width) for i in range(5)), " 1")
-    return Group(Columns(pictures, padding=(0, 3)), Text.assemble(*legend))
-
-
-# ------------------------------------------------------------------------------------------------------ train
-FIGURES = {"latents": "{latents:,}", "FVU": "{fvu:.4f}", "L0": "{l0:.2f}", "cosine": "{max_cosine:.3f}",
-           "dead": "{dead:.2%}"}
-TRAINED = FIGURES | {"silent": "{silent[share]:.2%}"}
-FAMILY = {"latents": "{latents:,}", "FVU inside": "{fvu:.4f}", "FVU alone": "{alone[fvu]:.4f}",
-          "L0 inside": "{l0:.2f}", "L0 alone": "{alone[l0]:.2f}", "cos inside": "{max_cosine:.3f}",
-          "cos alone": "{alone[max_cosine]:.3f}"}
-LEGEND = "cosine: mean of the largest with another decoder row; dead: never fire on these {rows:,} rows"
-SILENT = "; silent: did not on the last {silent[rows]:,} of training"
-
-
-def numbers(text):
-    return tuple(float(n) if "." in n else int(n) for n in text.split(","))
-
-
-@main.command(epilog="Example: python cli.py train --acts shards/ --latents 3072 --pareto 10 --k 40")
-@option("--acts", required=True, help="A .npy of floats, (rows, D) or (docs, positions, D), or a folder.")
-@option("--latents", "n_latents", type=int, help="Number of latents F.  [required, here or in --config]")
+@main.command(epilog="Example: python cli.py train --acts shards/ --latents 3072 --pareto 10")
+@option("--acts", required=True, help="A .npy, (rows, D) or (docs, positions, D), or a folder.")
+@option("--latents", "n_latents", type=int, help="Number of latents.  [required, or in --config]")
 @option("--k", type=float, help="Active latents per row, on average.  [default: 30]")
-@option("--prefixes", type=numbers, help="Lengths or fractions.  [default: .0625, .125, .25, .5, 1.0]")
-@option("--pareto", "n_prefixes", type=int, help="Instead, sample this many prefixes at every step.")
+@option("--prefixes", type=numbers, help="Lengths or fractions.  [default: .0625,.125,.25,.5,1.0]")
+@option("--pareto", "n_prefixes", type=int, help="Instead, sample so many prefixes at each step.")
 @option("--spare", type=AtLeast(0), help="Spare latents at first.  [default: a quarter of F]")
-@option("--baseline", is_flag=True, help="Then train the vanilla twin on the same batches and show both.")
-@option("--family", is_flag=True, help="Then train a vanilla SAE of each prefix's size and L0, to compare.")
+@option("--baseline", is_flag=True, help="Then train the vanilla twin on the same batches.")
 @option("--steps", type=int, help="Optimizer steps.  [default: 10000]")
 @option("--batch-size", type=int, help="Rows per step, of all processes together.  [default: 2048]")
-@option("--lr", type=float, help="Peak learning rate of Adam.  [default: by F, batch size and steps]")
+@option("--lr", type=float, help="Peak rate of Adam.  [default: by latents, batch size and steps]")
 @option("--seed", type=int, help="Of weights, row order and held-out rows.  [default: 0]")
-@option("--max-norm", type=float, help="Leave out rows this many median distances out.  [default: 10]")
-@device_option
-@dtype_option
+@option("--max-norm", type=float, help="Drop rows this many median distances out.  [default: 10]")
+@with_device
+@with_dtype
 @option("--out", type=FOLDER, help="A new folder.  [default: a new one under runs/]")
-@option("--resume", is_flag=True, help="Go on with the run in --out, or in the newest default folder.")
+@option("--resume", is_flag=True, help="Go on with the run in --out, or in the newest default one.")
 @option("--save-minutes", type=float, default=10, help="Minutes between checkpoints.")
-@option("--config", type=OLD_FILE, help="JSON with any TrainConfig fields; options override it.")
-def train(acts, device, out, config, spare, baseline, family, resume, save_minutes, **options):
+@option("--config", type=EXISTING_FILE, help="JSON of any TrainConfig fields; options override it.")
+def train(
+    acts: str,
+    device: torch.device,
+    out: Path | None,
+    config: Path | None,
+    spare: int | None,
+    baseline: bool,
+    resume: bool,
+    save_minutes: float,
+    **settings: Any,
+) -> None:
     """Train on activations; SAELens opens the checkpoint.
 
-    A tenth of the rows (at most 16,384) is set aside in random blocks for the figures at the end (eval.json).
-    Ctrl-C saves first; the same command with --resume goes on. With several processes, torchrun takes the
-    place of python. The checkpoint keeps model_name, hook_name, dataset, base_model of acts.npy.json, if any.
+    A tenth of the rows (at most 16,384) is set aside in random blocks for the figures at the end
+    (eval.json). Ctrl-C saves first; the same command with --resume goes on. With several processes,
+    torchrun takes the place of python. The checkpoint keeps model_name, hook_name, dataset,
+    base_model of acts.npy.json, if any.
     """
-    cfg, figures, last = run_config(config, spare, options), {}, {}
-    beside = min(Path(acts).glob("*.npy.json"), default=Path(f"{Path(acts)}.json"))  # the first of a folder
-    about = read_json(beside) if beside.is_file() else {}
-    about = {key: about[key] for key in ("model_name", "hook_name", "dataset", "base_model") if key in about}
-    about["acts"] = str(Path(acts).resolve())
-    console.quiet = not (is_first := os.environ.get("RANK", "0") == "0")
-    rows, held_out = msae.Rows(acts).within(cfg.max_norm).split_off(0.1, cfg.seed)
-    folder = out or default_folder(Path("runs", f"{Path(acts).stem}-{cfg.n_latents}"), resume, is_first)
-    runs = [("matryoshka", cfg, folder), *[("vanilla", cfg.vanilla(), folder / "vanilla")] * baseline]
-    n_runs, started = len(runs) + family * len(cfg.prefix_lengths()), time.time()
-    epochs = cfg.steps * cfg.batch_size / max(1, len(rows))
+    cfg = run_config(config, spare, settings)
+    metadata = metadata_of_rows(acts)
+    is_first = os.environ.get("RANK", "0") == "0"  # of the processes of torchrun
+    console.quiet = not is_first
+    rows, held_out = msae.Rows(acts, cfg.max_norm).split_off(0.1, cfg.seed)
+    folder = out or default_folder(f"{Path(acts).stem}-{cfg.n_latents}", resume, is_first)
+    started = time.time()
+    options = {"device": device, "resume": resume, "save_minutes": save_minutes}
+    results = {}
     try:
-        new = ", where nothing is saved yet" if resume and not (folder / msae.STATE).exists() else ""
-        say(f"{len(rows):,} rows of width {rows.d_model}, {len(held_out):,} more held out; {cfg.steps:,} "
-            f"steps, {epochs:,.1f} epochs; {cfg.k:g} of {cfg.n_latents:,} latents a row; to {folder}{new}")
-        if "LOCAL_RANK" in os.environ:  # of torchrun
-            if device.type == "cuda":
-                torch.cuda.set_device(device)
-            torch.distributed.init_process_group()
-            click.get_current_context().call_on_close(torch.distributed.destroy_process_group)
-        for number, (name, own, where) in enumerate(runs, 1):  # which a family makes longer
-            last.clear()
-            part = f"{name} {number} of {n_runs}" if n_runs > 1 else "train"
-            with progress(f"{part}  step", own.steps, TRAINING) as show:
-                sae = msae.train(rows, own, device=device, out=where, resume=resume, metadata=about,
-                                 on_log=lambda found: last.update(found) or show(found),
-                                 save_minutes=save_minutes)
-            found = figures[name] = figures_of(sae, held_out, own, last)
-            if not last:
-                say(f"{where} was finished before")
-            if is_first and (last or not (where / "eval.json").exists()):
-                msae.write(where / "eval.json", found)
-            if family and where == folder:
-                runs += [alone(cfg, level, folder) for level in found["prefixes"]]
+        say(describe_run(cfg, folder, rows, held_out, resume))
+        join_processes(device)
+        for run in make_runs(cfg, folder, baseline):
+            results[run.name] = run_one(run, rows, held_out, is_first, metadata=metadata, **options)
     except BaseException:
         if is_first:
             show_how_to_resume(folder, started)
         raise
     finally:
-        if is_first and not out:
-            with contextlib.suppress(OSError):  # it holds something
-                folder.rmdir()
-                folder.parent.rmdir()
-    pairs = [{"alone": figures.pop(f"alone-{level['latents']}"), **level}
-             for level in figures["matryoshka"]["prefixes"] if family]
-    show_figures("held-out rows", TRAINED, figures)
-    if family:
-        show_table("The SAE inside against the SAE alone", FAMILY, {"": pairs})
-    console.print(f"\nsaved {folder}\nload it with  sae = msae.MatryoshkaSAE.load({str(folder)!r})\n"
-                  f"measure it    python cli.py eval {folder} --acts OTHERS.npy\n"
-                  f"look at it    python cli.py look {folder}\nshare it      python cli.py push {folder}",
-                  soft_wrap=True)
+        if is_first and out is None:
+            remove_if_empty(folder)
+    report(results, folder)
 
 
-def figures_of(sae, held_out, cfg, last):
-    """Those of ``evaluate`` and, of the ``last`` step's figures, which latents were silent."""
-    found = msae.evaluate(sae, held_out)
-    if last:
-        rows = min(cfg.dead_after, cfg.steps * cfg.batch_size)
-        found["silent"] = found["prefixes"][-1]["silent"] = {"rows": rows, "share": last["dead"]}
-        if last["dead"] > 0.1:
-            found["remarks"].append(f"many are silent: try --lr {cfg.lr / 3:.1g}")
-    return found
-
-
-def run_config(path, spare, options):
-    """The ``TrainConfig`` of a JSON file and the options given, which win; ``spare``: latents more."""
+def run_config(path: Path | None, spare: int | None, options: dict) -> msae.TrainConfig:
+    """The settings of a JSON file and of the options, which win where they are given."""
     settings = read_json(path) if path else {}
-    if options["prefixes"] or options["n_prefixes"]:  # either replaces both
+    given = {name: value for name, value in options.items() if value is not None}
+    if "prefixes" in given or "n_prefixes" in given:  # either replaces both
         settings |= {"prefixes": None, "n_prefixes": None}
-    settings |= {name: value for name, value in options.items() if value is not None}
+    settings |= given
     if "n_latents" not in settings:
-        raise click.UsageError("Missing option '--latents', the number of latents, or n_latents in --config.")
+        raise click.UsageError(
+            "Missing option '--latents', the number of latents, or n_latents in --config."
+        )
     with msae.reading("this run", "possible"):
         if spare is not None or "n_latents_start" not in settings:
-            n_latents = msae.TrainConfig(**settings | {"n_latents_start": None}).n_latents
-            settings["n_latents_start"] = n_latents + (round(n_latents / 4) if spare is None else spare)
+            settings["n_latents_start"] = None
+            n_latents = msae.TrainConfig(**settings).n_latents  # a number, as it was accepted
+            if spare is None:
+                spare = round(n_latents / 4)
+            settings["n_latents_start"] = n_latents + spare
         return msae.TrainConfig(**settings)
 
 
-def alone(cfg, level, folder):
-    """Name, config and folder of the vanilla twin of a prefix with these figures: its size, L0 and rate."""
-    p, share = level["latents"], level["latents"] / cfg.n_latents
-    own = dataclasses.replace(cfg.vanilla(), n_latents=p, prefixes=(p,), k_start=None,
-                              k=max(level["l0"], 1 / cfg.batch_size),
-                              n_latents_start=round((cfg.n_latents_start or cfg.n_latents) * share),
-                              lr=cfg.lr / share ** (1 / 6))
-    return f"alone-{p}", own, folder / f"alone-{p}"
+def metadata_of_rows(acts: str) -> dict:
+    """Where rows are from: their path, and what the JSON file beside them, of harvest, says."""
+    in_folder = sorted(Path(acts).glob("*.npy.json"))
+    file = in_folder[0] if in_folder else Path(f"{Path(acts)}.json")
+    about = read_json(file) if file.is_file() else {}
+    names = ("model_name", "hook_name", "dataset", "base_model")
+    metadata = {name: about[name] for name in names if name in about}
+    metadata["acts"] = str(Path(acts).resolve())
+    return metadata
 
 
-def default_folder(path, resume, is_first):
-    """Of ``path``, ``path-2``, ... the newest to resume, or the next, which mkdir grants to one run alone."""
-    names = [path, *(path.with_name(f"{path.name}-{i}") for i in range(2, 1000))]
+def default_folder(name: str, resume: bool, is_first: bool) -> Path:
+    """Of runs/name, runs/name-2, ...: the newest run to resume, or else the next new one."""
+    folder = Path("runs", name)
+    candidates = [folder] + [Path("runs", f"{name}-{number}") for number in range(2, 1000)]
     if resume:
-        states = (name / msae.STATE for name in names if (name / msae.STATE).exists())
-        return max(states, key=os.path.getmtime, default=path / msae.STATE).parent
-    for name in names if is_first else ():
-        with contextlib.suppress(FileExistsError):
-            name.mkdir(parents=True)
-            return name
-    return path
+        states = [candidate / msae.STATE for candidate in candidates]
+        newest_state = newest(state for state in states if state.exists())
+        return newest_state.parent if newest_state else folder
+    if is_first:  # the other processes write nothing
+        for candidate in candidates:
+            with contextlib.suppress(FileExistsError):
+                candidate.mkdir(parents=True)  # of several runs that try, one alone succeeds
+                return candidate
+    return folder
 
 
-def show_how_to_resume(folder, started):
-    state = max(folder.rglob(msae.STATE), key=os.path.getmtime, default=None)
-    if state and state.stat().st_mtime > started:  # else it was refused
-        steps = torch.load(state, map_location="cpu", weights_only=True, mmap=True)["trainer"]["steps_done"]
-        click.echo(f"step {steps} is saved in {state.parent}; to go on, repeat the command with "
-                   f"--out {folder} --resume", err=True)
+def remove_if_empty(folder: Path) -> None:
+    """Remove a folder of ``default_folder``, and runs/, unless they hold something."""
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+        folder.parent.rmdir()
 
 
-def show_figures(title, columns, results):
-    """Table, legend and remarks on what was found for each name in ``results``."""
-    some = next(iter(results.values()))
-    left_out = f", {some['left_out']:,} too far out to count" if some["left_out"] else ""
-    show_table(f"{some['rows']:,} {title}{left_out}", columns, results, lambda found: found["prefixes"])
-    remarks = (f"{name}: {remark}" for name, found in results.items() for remark in found["remarks"])
-    console.print(cell(LEGEND, some) + cell(SILENT, some), *remarks, sep="\n", soft_wrap=True)
+def describe_run(
+    cfg: msae.TrainConfig, folder: Path, rows: msae.Rows, held_out: msae.Rows, resume: bool
+) -> str:
+    """The first line of train, said before hours of work, so that a mistake can be seen."""
+    epochs = cfg.steps * cfg.batch_size / max(1, len(rows))
+    text = (
+        f"{len(rows):,} rows of width {rows.d_model}, {len(held_out):,} more held out; "
+        f"{cfg.steps:,} steps, {epochs:,.1f} epochs; "
+        f"{cfg.k:g} of {cfg.n_latents:,} latents a row; to {folder}"
+    )
+    if resume and not (folder / msae.STATE).exists():
+        text += ", where nothing is saved yet"
+    return text
 
 
-# --------------------------------------------------------------------------------------- harvest and evaluate
-SPLICED = {"latents": "{latents:,}", "loss": "{spliced:.4f}", "recovered": "{recovered:.1%}"}
-PROBED = {"latents": "{latents:,}", "raw": "{raw[f1]:.3f}", "k=1": "{probes[0][f1]:.3f}",
-          "k=5": "{probes[4][f1]:.3f}", "main\nsilent": "{main_silent:.1%}", "absorbed": "{absorption:.1%}",
-          "split": "{splitting:.1f}"}
+def join_processes(device: torch.device) -> None:
+    """Under torchrun, join the other processes until the command ends."""
+    if "LOCAL_RANK" not in os.environ:
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    torch.distributed.init_process_group()
+    click.get_current_context().call_on_close(torch.distributed.destroy_process_group)
 
 
-def tiny_model(path, layer, device, tokens, n_most):
-    """(model, names of the streams that enter its layers, ``read_tokens`` of a file or a published one)."""
-    model = msae.TinyModel.load(path)
-    if layer >= len(model.layers):
-        raise click.UsageError(f"--layer {layer} must be at most {len(model.layers) - 1}, the end of {path}")
-    if tokens in PUBLISHED_TOKENS and not Path(tokens).exists():
-        tokens = msae.download(DATASET, [tokens], repo_type="dataset") / tokens
-    hooks = [*(f"torso.{i}.input" for i in range(len(model.torso))), "lm_head.input"]
-    ids = read_tokens(tokens, len(model.embed.weight), model.pos_embed.shape[1], n_most)
-    return model.to(device), hooks, ids
+class Run(NamedTuple):
+    """An SAE to train."""
+
+    name: str  # in the table
+    label: str  # on the progress line
+    cfg: msae.TrainConfig
+    folder: Path
 
 
-def read_tokens(path, n_vocab=10_000, n_positions=256, n_most=math.inf):
-    """Ids (docs, T) of a ``.npy`` or a ``.jsonl`` with {"tok_ids": [...]} a line, ``n_most`` and DROPPED."""
-    docs, n, is_npy = [], 0, str(path).endswith(".npy")
-    for number, line in enumerate(np.atleast_1d(msae.read_npy(path)) if is_npy else open(path, "rb"), 1):
-        where = f"{path}, line {number}"
-        with msae.reading(where, '{"tok_ids": [whole numbers]}'):
-            ids = np.array(line if is_npy else json.loads(line)["tok_ids"])
-            ids = ids.astype(np.int64, casting="same_kind")
-            (n_ids,) = ids.shape
-        wrong, n_first = ids[(ids < 0) | (ids >= n_vocab)], len(docs[0]) if docs else n_ids
-        if len(wrong) or not 0 < n_ids == n_first <= n_positions:
-            raise ValueError(f"{where}: tok_ids must be 1 to {n_positions} ids in [0, {n_vocab}), {n_first} "
-                             f"as in the first, got {n_ids}" + (f" with {wrong[0]}" if len(wrong) else ""))
-        docs.append(ids)
-        n += np.isin(ids, DROPPED, invert=True).sum()
-        if n >= n_most:
-            break
-    with msae.reading(path, "a file of token ids"):  # an empty one
-        return torch.from_numpy(np.stack(docs))
+def make_runs(cfg: msae.TrainConfig, folder: Path, baseline: bool) -> list[Run]:
+    """The run that was asked for and, as a ``baseline``, that of its vanilla twin."""
+    if not baseline:
+        return [Run("matryoshka", "train", cfg, folder)]
+    return [
+        Run("matryoshka", "matryoshka 1 of 2", cfg, folder),
+        Run("vanilla", "vanilla 2 of 2", cfg.vanilla(), folder / "vanilla"),
+    ]
+
+
+def run_one(run: Run, rows: msae.Rows, held_out: msae.Rows, is_first: bool, **options: Any) -> dict:
+    """Train; return the figures on ``held_out``, and write them to eval.json."""
+    last_logged = {}
+
+    with training_progress(run.label, run.cfg.steps) as show:
+
+        def on_log(figures: dict) -> None:
+            last_logged.update(figures)
+            show(figures)
+
+        sae = msae.train(rows, run.cfg, out=run.folder, on_log=on_log, **options)
+    figures = msae.evaluate(sae, held_out)
+    if last_logged:
+        add_silent(figures, run.cfg, last_logged["dead"])
+    else:
+        say(f"{run.folder} was finished before")
+    file = run.folder / "eval.json"
+    if is_first and (last_logged or not file.exists()):
+        msae.write(file, figures)
+    return figures
+
+
+def add_silent(figures: dict, cfg: msae.TrainConfig, share: float) -> None:
+    """Add the ``share`` of latents that did not fire in the last rows of training."""
+    silent = {"rows": min(cfg.dead_after, cfg.steps * cfg.batch_size), "share": share}
+    figures["silent"] = silent
+    figures["prefixes"][-1]["silent"] = silent
+    if share > 0.1:
+        figures["remarks"].append(f"many are silent: try --lr {cfg.lr / 3:.1g}")
+
+
+def show_how_to_resume(folder: Path, started: float) -> None:
+    """Say what is saved, unless the run was refused, so that nothing is since it ``started``."""
+    state = newest(folder.rglob(msae.STATE))
+    if state is None or state.stat().st_mtime <= started:
+        return
+    saved = torch.load(state, map_location="cpu", weights_only=True, mmap=True)
+    steps = saved["trainer"]["steps_done"]
+    click.echo(
+        f"step {steps} is saved in {state.parent}; "
+        f"to go on, repeat the command with --out {folder} --resume",
+        err=True,
+    )
+
+
+def report(results: dict[str, dict], folder: Path) -> None:
+    """Print the figures of the runs, and what can be done with the checkpoint."""
+    show_figures("held-out rows", TRAINING_COLUMNS, results)
+    console.print(
+        "",
+        f"saved {folder}",
+        f"load it with  sae = msae.MatryoshkaSAE.load({str(folder)!r})",
+        f"measure it    python cli.py eval {folder} --acts OTHERS.npy",
+        f"look at it    python cli.py look {folder}",
+        f"share it      python cli.py push {folder}",
+        sep="\n",
+        soft_wrap=True,
+    )
+
+
+# ------------------------------------------------------------------------------------------ harvest
+
+DATASET = "noanabeshima/TinyModelTokIds"
+PUBLISHED_TOKENS = ("train.jsonl", "validation.jsonl")
 
 
 @main.command(epilog="Example: python cli.py harvest --layer 2 --max-rows 1000000 --out layer2.npy")
-@model_option
-@layer_option
-@device_option
-@option("--tokens", default="train.jsonl", help='Lines of {"tok_ids": [...]}, a .npy, or a published file.')
+@with_model
+@with_layer
+@with_device
+@option("--tokens", default="train.jsonl", help='Lines of {"tok_ids": []}, a .npy, or published.')
 @option("--max-rows", type=AtLeast(1), default=30_000_000, help="Stop after this many.")
-@option("--dtype", type=click.Choice(["float16", "float32"]), default="float16", help="Of the rows.")
+@option("--dtype", type=FLOATS, default="float16", help="Of the rows.")
 @option("--out", type=NEW_FILE, default="acts.npy", help="A new file.")
-@option("--resume", is_flag=True, help="Go on behind the rows that --out holds, if any.")
-def harvest(model_path, layer, device, tokens, max_rows, dtype, out, resume):
+def harvest(
+    model_path: str,
+    layer: int,
+    device: torch.device,
+    tokens: str,
+    max_rows: int,
+    dtype: str,
+    out: Path,
+) -> None:
     """Write TinyModel's residual stream as rows for train. [BEGIN] and [PAD] give none."""
-    if not resume:
-        must_be_new(out)
-    old = len(msae.read_npy(out)) if resume and out.exists() else 0
-    max_rows = max(old, max_rows)
-    model, hooks, ids = tiny_model(model_path, layer, device, tokens, max_rows)
-    total = min(max_rows, int(torch.isin(ids, torch.tensor(DROPPED), invert=True).sum()))
+    must_be_new(out)
+    model = tiny_model(model_path, layer).to(device)
+    ids = tokens_for(model, tokens, max_rows)
+    is_row = torch.isin(ids, torch.tensor(NO_ROW), invert=True)
+    n_rows = min(max_rows, int(is_row.sum()))
     width = model.embed.weight.shape[1]
-    size = total * (width * np.dtype(dtype).itemsize + 8)
-    room = shutil.disk_usage(out.parent).free + (out.stat().st_size if out.exists() else 0)
-    if size > room:
-        raise OSError(f"{out} would take {size / 1e9:.1f} GB, {room / 1e9:.1f} GB are free: lower --max-rows")
-    base = {} if Path(model_path).exists() else {"base_model": msae.TINY_MODEL[0]}  # from the Hub
-    about, beside = {"model_name": Path(model_path).name, "hook_name": hooks[layer],
-                     "dataset": tokens if Path(tokens).exists() else DATASET, **base}, Path(f"{out}.json")
-    if old and beside.exists() and (was := read_json(beside)) != about:
-        raise ValueError(f"--resume must go on with what {beside} says, {was}, got {about}")
-    msae.write(beside, about)
+    check_room(out, n_rows * (width * np.dtype(dtype).itemsize + 8))  # 8: document and token id
+    metadata = metadata_of_harvest(model_path, hook_names(model)[layer], tokens)
+    msae.write(Path(f"{out}.json"), metadata)
     try:
-        with progress("harvest  row", total) as show:
-            n = msae.harvest(model, model.layers[layer], ids.split(64), out, at="input", drop=DROPPED,
-                             dtype=dtype, max_rows=max_rows, resume=resume, on_rows=show)
-    except (KeyboardInterrupt, SystemExit, OSError):
-        click.echo(f"{out} keeps the rows so far; the same command with --resume goes on", err=True)
+        with progress("harvest  row", n_rows) as show:
+            n_written = msae.harvest(
+                model,
+                model.layers[layer],
+                ids.split(64),
+                out,
+                at="input",
+                drop=NO_ROW,
+                dtype=dtype,
+                max_rows=max_rows,
+                on_rows=show,
+            )
+    except (KeyboardInterrupt, OSError):
+        end = "keeps the rows so far" if out.exists() else "was not written"
+        click.echo(f"{out} {end}", err=True)
         raise
-    click.echo(f"{n:,} rows in {out}; next:  python cli.py train --acts {out} --latents {4 * width}")
+    click.echo(
+        f"{n_written:,} rows in {out}; "
+        f"next:  python cli.py train --acts {out} --latents {4 * width}"
+    )
 
 
-@main.command("eval", epilog="Example: python cli.py eval runs/acts-3072 --acts held.npy --labels labels.npy")
+def tiny_model(path: str, layer: int) -> msae.TinyModel:
+    """The model of a file or of a published name, which must have that layer."""
+    model = msae.TinyModel.load(path)
+    last = len(model.layers) - 1
+    if layer > last:
+        raise click.UsageError(f"--layer {layer} must be at most {last}, the end of {path}")
+    return model
+
+
+def hook_names(model: msae.TinyModel) -> list[str]:
+    """What checkpoints call the streams into the layers of ``model``."""
+    blocks = [f"torso.{number}.input" for number in range(len(model.torso))]
+    return [*blocks, "lm_head.input"]
+
+
+def tokens_for(model: msae.TinyModel, tokens: str, n_most: int) -> torch.Tensor:
+    """Ids (docs, T) that ``model`` can take, of a file or of a published one."""
+    path = Path(tokens)
+    if tokens in PUBLISHED_TOKENS and not path.exists():
+        path = msae.download(DATASET, [tokens], repo_type="dataset") / tokens
+    n_vocab = len(model.embed.weight)
+    n_positions = model.pos_embed.shape[1]
+    return read_tokens(path, n_vocab, n_positions, n_most)
+
+
+def check_room(path: Path, n_bytes: int) -> None:
+    """Refuse a file that the disk has no room for, before hours of work."""
+    n_free = shutil.disk_usage(path.parent).free
+    if n_bytes > n_free:
+        raise OSError(
+            f"{path} would take {n_bytes / 1e9:.1f} GB, {n_free / 1e9:.1f} GB are free: "
+            "lower --max-rows"
+        )
+
+
+def metadata_of_harvest(model_path: str, hook_name: str, tokens: str) -> dict:
+    """What train and push say of the rows: published names, or those of files here."""
+    metadata = {
+        "model_name": Path(model_path).name,
+        "hook_name": hook_name,
+        "dataset": tokens if Path(tokens).exists() else DATASET,
+    }
+    if not Path(model_path).exists():
+        metadata["base_model"] = msae.TINY_MODEL[0]
+    return metadata
+
+
+# --------------------------------------------------------------------------------------------- eval
+
+LOSS_COLUMNS = {"latents": "{latents:,}", "loss": "{spliced:.4f}", "recovered": "{recovered:.1%}"}
+PROBE_COLUMNS = {
+    "latents": "{latents:,}",
+    "raw": "{raw[f1]:.3f}",
+    "k=1": "{probes[0][f1]:.3f}",
+    "k=5": "{probes[4][f1]:.3f}",
+    "main\nsilent": "{main_silent:.1%}",
+    "absorbed": "{absorption:.1%}",
+    "split": "{splitting:.1f}",
+}
+
+
+@main.command("eval", epilog="Example: python cli.py eval runs/acts-3072 --acts held.npy")
 @click.argument("checkpoints", nargs=-1, required=True)
 @option("--acts", required=True, help="Activations that training did not see, as for train.")
-@option("--labels", type=OLD_FILE, help="A .npy, a whole number or 0s and 1s for each row: adds probing.")
-@option("--tokens", help="Ids as for harvest: adds the loss of TinyModel with reconstructions spliced in.")
+@option("--labels", type=EXISTING_FILE, help="A .npy, a number or 0s and 1s a row: adds probing.")
+@option("--tokens", help="Ids, as for harvest: adds the loss of TinyModel on reconstructions.")
 @option("--max-tokens", type=AtLeast(1), default=100_000, help="Use this many of --tokens.")
-@model_option
-@layer_option
-@device_option
-@norm_option
+@with_model
+@with_layer
+@with_device
+@with_max_norm
 @option("--out", type=NEW_FILE, help="JSON file.  [default: eval-ACTS.json in each folder]")
-def evaluate(checkpoints, acts, labels, tokens, max_tokens, model_path, layer, device, max_norm, out):
+def evaluate(
+    checkpoints: tuple[str, ...],
+    acts: str,
+    labels: Path | None,
+    tokens: str | None,
+    max_tokens: int,
+    model_path: str,
+    layer: int,
+    device: torch.device,
+    max_norm: float,
+    out: Path | None,
+) -> None:
     """Measure checkpoints on rows, prefix by prefix."""
-    rows, results, saes = msae.Rows(acts).within(max_norm), {}, {}
+    rows = msae.Rows(acts, max_norm)
     if labels:
         x, y, label_names = label_rows(labels, rows)
     if tokens:
-        model, hooks, ids = tiny_model(model_path, layer, device, tokens, max_tokens)
-    for path in checkpoints:  # all of them before the first is measured
-        sae = saes[path] = msae.MatryoshkaSAE.load(path)
-        if len(sae.b_dec) != rows.d_model:
-            raise ValueError(f"{path} is for rows of width {len(sae.b_dec)}, {acts} has {rows.d_model}")
-        if tokens and (hook := sae.metadata.get("hook_name")) in hooks and hook != hooks[layer]:
-            raise click.UsageError(f"--layer {layer} is not where {path} was trained, {hook}")
+        model = tiny_model(model_path, layer).to(device)
+        ids = tokens_for(model, tokens, max_tokens)
+    saes = {path: msae.MatryoshkaSAE.load(path) for path in checkpoints}
+    for path, sae in saes.items():  # all of them, before the first is measured
+        check_width(path, sae, acts, rows)
+        if tokens:
+            check_layer(path, sae, model, layer)
     must_be_new(out)
+    results = {}
     for path, sae in saes.items():
-        found = results[path] = {"checkpoint": path, "acts": Path(acts).name}
-        if tokens:  # and labels first, as they may be refused and rows may take hours
-            texts, module = ids.split(8), model.layers[layer]  # more logits would take much memory
-            with progress(f"{path}  batch", len(texts)) as show:
-                batches = (show(number) or batch for number, batch in enumerate(texts, 1))
-                found["loss"] = msae.loss_recovered(model, module, sae.to(device), batches, drop=DROPPED)
+        figures = {"checkpoint": path, "acts": Path(acts).name}
+        # tokens and labels may be refused, so they come before the rows, which may take hours
+        if tokens:
+            figures["loss"] = spliced_loss(path, sae.to(device), model, layer, ids)
         if labels:
-            found["labels"] = {**msae.probe(sae.cpu(), x, y), "labels": label_names}
+            figures["labels"] = {**msae.probe(sae.cpu(), x, y), "labels": label_names}
         with progress(f"{path}  row", len(rows)) as show:
-            found |= msae.evaluate(sae.to(device), rows, on_rows=show)
-        if out or Path(path).is_dir():  # not of the Hub
-            file = out or Path(path, f"eval-{Path(acts).stem}.json")  # beside eval.json of the rows held out
-            msae.write(file, list(results.values()) if out and len(saes) > 1 else found)
-            say(f"wrote {file}")
-    show_figures("rows", FIGURES, results)
+            figures |= msae.evaluate(sae.to(device), rows, on_rows=show)
+        results[path] = figures
+        write_figures(path, acts, out, results, len(saes))
+    show_figures("rows", FIGURE_COLUMNS, results)
     if tokens:
-        title = "Cross-entropy over {tokens:,} tokens: {clean:.4f}, zeroed {zeroed:.4f}, spliced in"
-        show_table(title.format(**found["loss"]), SPLICED, results, lambda each: each["loss"]["prefixes"])
+        show_losses(results)
     if labels:
-        show_table("F1 of probes on raw rows and on k latents; what becomes of a label", PROBED, results,
-                   lambda each: [each["labels"] | level for level in each["labels"]["prefixes"]])
+        show_probes(results)
 
 
-def label_rows(path, rows, most=20_000):
-    """(x (n, D), y (n, C) booleans, C names) of at most ``most`` of ``rows``, in random whole blocks."""
-    labels, n = msae.read_npy(path), len(rows)
-    labels = labels.reshape(-1) if labels.size == n else labels  # of shape (n, 1), (docs, positions)
-    sound = labels.dtype.kind in "iub" and labels.shape in ((n,), (n, labels.size // n or 1))
-    values = np.unique(labels).astype(np.int64) if sound else ()
-    if not 0 < len(values) <= 1000 or labels.ndim == 2 and not set(values) <= {0, 1}:
-        raise ValueError(f"{path} must hold whole numbers ({n},), up to 1000 different, or 0 and 1 ({n}, C), "
-                         f"got {labels.dtype} {labels.shape} {labels.reshape(-1)[:5]}")
-    rows, chosen = some_blocks(rows, most)
-    x = rows.read_all()
-    near = ~rows.too_far(x)
-    y = labels[chosen][near.numpy()].astype(np.int64)
-    names = np.arange(y.shape[1]) if y.ndim == 2 else np.setdiff1d(values, 0 if {*values} == {0, 1} else [])
-    y = y == 1 if y.ndim == 2 else y[:, None] == names
-    enough = np.minimum(y.sum(axis=0), (~y).sum(axis=0)) >= 10
-    few = f"labels with less than 10 rows with them or without: {', '.join(map(str, names[~enough]))}"
-    if not enough.any():
-        raise ValueError(f"{path} has only {few}")
-    if not enough.all():
-        say(f"left out: {few}")
-    return x[near].float(), torch.from_numpy(y[:, enough]), names[enough].astype(str).tolist()
+def check_layer(path: str, sae: msae.MatryoshkaSAE, model: msae.TinyModel, layer: int) -> None:
+    """Refuse a stream other than the one on which ``sae`` was trained, if it names one."""
+    names = hook_names(model)
+    trained_on = sae.metadata.get("hook_name")
+    if trained_on in names and trained_on != names[layer]:
+        raise click.UsageError(f"--layer {layer} is not where {path} was trained, {trained_on}")
 
 
-def some_blocks(rows, most):
-    """(Random whole blocks of ``rows``, at most ``most`` rows or one block; which of all rows they are)."""
-    sizes = [stop - start for _, start, stop in rows.blocks]
-    chosen = np.random.default_rng(0).permutation(len(sizes))[: max(1, most // max(sizes))]
-    return rows.keep(chosen), np.isin(np.arange(len(sizes)), chosen).repeat(sizes)
+def spliced_loss(
+    path: str, sae: msae.MatryoshkaSAE, model: msae.TinyModel, layer: int, ids: torch.Tensor
+) -> dict:
+    """The cross-entropy of ``model`` with each prefix of ``sae`` spliced in, with progress."""
+    batches = ids.split(8)  # documents: more logits would take much memory
+    with progress(f"{path}  batch", len(batches)) as show:
+        shown = show_each(batches, show)
+        return msae.loss_recovered(model, model.layers[layer], sae, shown, drop=NO_ROW)
 
 
-# ------------------------------------------------------------------------------------------------------- look
-PAGE = r"""<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width">
-<meta http-equiv=Content-Security-Policy content="default-src 'unsafe-inline'; script-src-attr 'none'"><style>
-:root { color-scheme: light dark; print-color-adjust: exact } * { box-sizing: border-box; margin: 0 }
-body { height: 100vh; display: grid; grid: auto 1fr / minmax(20em, 28em) 1fr; font: 15px/1.5 system-ui }
-header { display: flex; flex-wrap: wrap; gap: .5em; padding: .8em } header > * { flex: 1 40%; min-width: 0 }
-main { grid-area: 1 / 2 / 3; padding: .8em 1.6em; border-left: 1px solid silver } nav, main { overflow: auto }
-input, select, small { font: inherit } a, b { color: light-dark(#8a3d05, #f2ab62); text-decoration: none }
-h3 { margin: 1.3em 0 .4em; font-size: 1em } p { margin: .3em 0; overflow-wrap: anywhere }
-summary { display: flex } summary::before { content: "▸"; flex: 0 0 1.3em; text-align: center }
-[open] > summary::before { rotate: 90deg } summary:only-child::before { visibility: hidden }
-details details { margin-left: .8em; content-visibility: auto; contain-intrinsic-height: auto 1.5em }
-nav > * > summary { position: sticky; top: 0; z-index: 1 } small { padding-right: .3em; opacity: .7 }
-nav > * > summary, .now, .line:hover { background: color-mix(in srgb, orange 13%, Canvas) }
-.line { display: grid; grid: auto / minmax(3.1em, auto) 1fr auto; gap: .6em; flex: 1; color: inherit }
-span { overflow: hidden; text-overflow: ellipsis; white-space: pre } p > span { white-space: pre-wrap }
-bdi { background: color-mix(in srgb, orange calc(var(--a) * 60%), #0000) } .on { border-bottom: 2px solid }
-svg { width: 100%; height: 5em; stroke: orange; stroke-width: .9; border-top: 1px solid; scale: 1 -1 }
-.two { display: flex; flex-wrap: wrap; gap: 0 2em } .two > * { flex: 1 20em } .rows { flex: 3 30em }
-@media (max-width: 900px), print { body { display: block } nav { max-height: 42vh } main { border: 0 } }
-@media print { header, nav { display: none } }
-</style><header><a href="#"><b></b></a><input id="find" placeholder="Number or token">
-<select aria-label="Order"><option>by firing share</option><option>by children</option></select>
-<select aria-label="Level"><option>All levels</option></select></header><nav></nav><main></main>
-<script id="data" type="application/json">DATA</script><script type="module">
-const $ = query => document.querySelector(query), [sort, level] = document.querySelectorAll("select");
-const {about, ends, latents, title, tokens, truth = []} = JSON.parse($("#data").textContent);
-const at = new Map(latents.map(l => [l.latent, l]));
-const levels = ends.map((end, i) => `Level ${i + 1}: latents ${ends[i - 1] ?? 0} to ${end - 1}`);
-for (const l of latents) Object.assign(l, {level: ends.findIndex(end => l.latent < end), below: []});
-for (const l of latents) at.get(l.parent?.[0])?.below.push(l);
-truth.forEach(([n], i) => at.get(n).name = `feature ${i}`);
-const order = (a, b) => sort.selectedIndex * (b.below.length - a.below.length) || b.share - a.share;
-const percent = share => `${+(100 * share).toPrecision(2)}%`;
-const escaped = text => text.replace(/[&<]/g, c => `&#${c.charCodeAt()};`);
-const token = (c, i = c.at) => tokens?.[c.from + i] ?? `row ${c.row}`;
-const words = (c, before, after) => [...c?.shades ?? ""].map((shade, i) => `<bdi
-  class="${i === c.at ? "on" : ""}" style="--a: ${parseInt(shade, 36) / 35}">${escaped(token(c, i))}</bdi>`
-).filter((word, i) => i >= c.at - before && i <= c.at + after).join("");
-const line = (n, note, text = at.get(n)?.name ?? words(at.get(n)?.shown, 2, 3)) =>
-  `<a class=line ${at.has(n) ? `href=#latent-${n}` : ""}><b>${n}</b>
-  <span>${text || "never on, or not on this page"}</span><small>${note}</small></a>`;
-const nest = (own, below, open) => `<details ${open}><summary>${own}</summary>${below.join("")}</details>`;
-const brief = l => line(l.latent, percent(l.share));
-const branch = l => nest(brief(l), l.below.toSorted(order).map(branch), at.size < 100 ? "open" : "");
-const grown = above => truth.flatMap(([n, cosine, parent], i) =>
-  parent === above ? [nest(line(n, cosine, `feature ${i}`), grown(i), "open")] : []);
-function drawTree() {
-  const only = level.selectedIndex - 1, wanted = $("#find").value.trim().toLowerCase();
-  const has = c => token(c).toLowerCase().includes(wanted);
-  for (const l of latents) l.shown = l.largest.find(has) ?? l.largest[0];
-  const found = latents.filter(l => (only < 0 || l.level === only) && (
-    wanted ? `${l.latent}` === wanted || l.largest.some(has) : only >= 0 || !at.has(l.parent?.[0])));
-  const byLevel = Object.entries(Object.groupBy(found.sort(order), l => l.level));
-  $("nav").innerHTML = byLevel.map(([i, own]) =>
-    nest(`${levels[i]} (${own.length})`, own.map(branch), "open")).join("") || "Nothing found";
-  drawMain();
-}
-const section = (title, content) => content.length ? `<h3>${title}</h3>${content.join("")}` : "";
-const row = c => `<p class=line><small title="row ${c.row}">${c.act.toPrecision(3)}</small>
-  <span>${words(c, 10, 5)}${c.others?.map(n => `  <a href=#latent-${n}>${n}</a>`).join("") ?? ""}</span></p>`;
-const histogram = counts => `<svg viewBox="0 0 16 ${Math.max(...counts)}" preserveAspectRatio="none">
-  <path d="${counts.map((n, i) => `M${i + .5} 0V${n}`).join("")}"/></svg>`;
-function drawMain() {
-  const l = at.get(parseInt(location.hash.slice(8))), a = $(`nav a[href="#latent-${l?.latent}"]`);
-  $("main").innerHTML = l ? `<h2>Latent ${l.latent}</h2><p>${levels[l.level]}. On in ${percent(l.share)} of
-    the rows, largest ${l.max}, mean where on ${l.mean}.</p><div class=two><div class=rows>`
-    + section("Where it is largest", l.largest.map(row))
-    + section("At random where it is on", l.random.map(row)) + "</div><div>"
-    + section(`Activations, from 0 to ${l.max}`, [histogram(l.histogram)])
-    + section("Above it, with directed cosine", l.parent ? [line(...l.parent)] : [])
-    + section("Below it, with share of the rows", l.below.toSorted(order).map(brief))
-    + section("Nearest decoder rows, with cosine", l.nearest.map(near => line(...near))) + "</div></div>"
-    : `<h2>${escaped(title)}</h2><p>${about}. Choose one, or press the down key.</p>`
-    + section("The tree that there is, with the cosine of the latent nearest to each feature", grown(null));
-  $("main").scrollTop = 0;
-  for (const link of document.querySelectorAll("nav a")) link.classList.toggle("now", link === a);
-  for (let up = a; up; up = up.parentElement.closest("details")) up.open = true;
-  a?.scrollIntoView({block: "nearest"});
-}
-document.title = $("b").textContent = title;
-level.append(...levels.map(title => new Option(title)));
-$("header").addEventListener("input", drawTree);
-addEventListener("hashchange", drawMain);
-addEventListener("keydown", event => {
-  const step = {ArrowDown: 1, ArrowUp: -1}[event.key];
-  if (!step || event.target.tagName === "SELECT") return;
-  const links = [...document.querySelectorAll("nav a")].filter(a => a.checkVisibility());
-  location.replace(links[links.indexOf($(".now")) + step]?.hash ?? "#");
-  event.preventDefault();
-});
-drawTree();
-</script></html>
-"""
-BYTES = [b + 0xDC00 * (b > 127) for b in (*range(256), *range(33), *range(127, 161), 173)]  # of each letter
+def show_each(batches: Iterable, show: Callable[[int], None]) -> Iterator:
+    """The ``batches``, each of them shown when it is taken."""
+    for number, batch in enumerate(batches, 1):
+        show(number)
+        yield batch
 
 
-@main.command(epilog="Example: python cli.py look runs/tiny-3072 --acts held.npy --vocab tokenizer.json")
+def write_figures(
+    path: str, acts: str, out: Path | None, results: dict, n_checkpoints: int
+) -> None:
+    """Write what was found for ``path``: into its folder, or all results so far to ``out``."""
+    figures = results[path]
+    if out is None:
+        if not Path(path).is_dir():  # it is on the Hub
+            return
+        out = Path(path, f"eval-{Path(acts).stem}.json")
+    elif n_checkpoints > 1:
+        figures = list(results.values())
+    msae.write(out, figures)
+    say(f"wrote {out}")
+
+
+def show_losses(results: dict[str, dict]) -> None:
+    losses = {path: figures["loss"] for path, figures in results.items()}
+    title = "Cross-entropy over {tokens:,} tokens: {clean:.4f}, zeroed {zeroed:.4f}, spliced in"
+    any_loss = next(iter(losses.values()))  # the same figures for all
+    sections = {path: loss["prefixes"] for path, loss in losses.items()}
+    show_table(title.format(**any_loss), LOSS_COLUMNS, sections)
+
+
+def show_probes(results: dict[str, dict]) -> None:
+    title = "F1 of probes on raw rows and on k latents; what becomes of a label"
+    sections = {}
+    for path, figures in results.items():
+        probed = figures["labels"]
+        sections[path] = [{**level, "raw": probed["raw"]} for level in probed["prefixes"]]
+    show_table(title, PROBE_COLUMNS, sections)
+
+
+# --------------------------------------------------------------------------------------------- look
+
+DATA_START = '<script id="data" type="application/json">'
+N_BEFORE = 10  # rows of its text that the page shows before a row
+N_AFTER = 5  # and after it
+IDS_HELP = (
+    "A .npy of token ids: (rows,), (docs, positions), or (rows, 2) with the number of the document "
+    "before each.  [default: X.ids.npy beside X.npy]"
+)
+
+
+@main.command(epilog="Example: python cli.py look runs/tiny-3072 --vocab tokenizer.json")
 @click.argument("checkpoint", required=False)
 @option("--acts", help="As for train.  [default: the rows of training]")
-@option("--ids", type=OLD_FILE, help="A .npy of token ids: (rows,), (docs, positions), or (rows, 2) with the "
-        "number of the document before each.  [default: X.ids.npy beside X.npy]")
-@option("--vocab", type=OLD_FILE, help='A tokenizer.json, or JSON: [tokens] or {"token": id}.')
-@option("--rows", "n_rows", type=AtLeast(1), default=200_000, help="Of more, read random blocks.")
-@option("--latents", "most", type=AtLeast(1), default=4096, help="Of more, show the most frequent.")
-@norm_option
-@device_option
+@option("--ids", "ids_path", type=EXISTING_FILE, help=IDS_HELP)
+@option("--vocab", type=EXISTING_FILE, help='A tokenizer.json, or JSON: [tokens] or {"token": id}.')
+@option("--rows", "max_rows", type=AtLeast(1), default=200_000, help="Of more, read random blocks.")
+@option(
+    "--latents", "max_latents", type=AtLeast(1), default=4096, help="Of more, the most frequent."
+)
+@with_max_norm
+@with_device
 @option("--out", type=NEW_FILE, help="A new file.  [default: look.html in the checkpoint's folder]")
-def look(checkpoint, acts, ids, vocab, n_rows, most, max_norm, device, out):
+def look(
+    checkpoint: str | None,
+    acts: str | None,
+    ids_path: Path | None,
+    vocab: Path | None,
+    max_rows: int,
+    max_latents: int,
+    max_norm: float,
+    device: torch.device,
+    out: Path | None,
+) -> None:
     """Write a page of the latents of CHECKPOINT as a tree. Without one, of the newest in runs/."""
-    source = checkpoint or newest_checkpoint()
-    file = out or Path(source if Path(source).is_dir() else "", "look.html")
-    if out or not Path(source).is_dir():
-        must_be_new(file)
-    sae = msae.MatryoshkaSAE.load(source).to(device)
-    acts = acts or str(sae.metadata.get("acts", "as --acts is missing"))
-    rows, texts = msae.Rows(acts).within(max_norm), read_vocab(vocab) if vocab else {}
-    if len(sae.b_dec) != rows.d_model:
-        raise ValueError(f"{source} is for rows of width {len(sae.b_dec)}, {acts} has {rows.d_model}")
-    (documents, ids), (rows, chosen) = token_ids(ids, acts, len(rows)), some_blocks(rows, n_rows)
-    tokens = None if ids is None else [texts.get(id, str(id)) for id in ids[chosen].tolist()]
-    with progress("look  row", len(rows)) as show:
-        codes = msae.sparse_codes(sae, rows, on_rows=show)
-    write_page(file, sae, codes, chosen, documents, tokens, most, title=f"{source}, {Path(acts).name}")
-    click.echo(f"wrote {file}")
+    if checkpoint is None:
+        checkpoint = str(newest_checkpoint())
+    page = page_path(out, checkpoint)
+    sae = msae.MatryoshkaSAE.load(checkpoint).to(device)
+    if acts is None:
+        acts = rows_of_training(checkpoint, sae)
+    rows = msae.Rows(acts, max_norm)
+    check_width(checkpoint, sae, acts, rows)
+    documents, ids = token_ids(ids_path, acts, len(rows))
+    words = read_vocab(vocab) if vocab else {}
+    sample = rows.random_blocks(max_rows, seed=0)
+    row_numbers = sample.row_numbers()
+    tokens = None
+    if ids is not None:
+        tokens = [words.get(id, str(id)) for id in ids[row_numbers].tolist()]
+    with progress("look  row", len(sample)) as show:
+        codes = msae.sparse_codes(sae, sample, on_rows=show)
+    texts = number_texts(documents[row_numbers], row_numbers)
+    page_rows = PageRows(codes, row_numbers, texts, tokens)
+    write_page(page, sae, page_rows, max_latents, title=f"{checkpoint}, {Path(acts).name}")
+    click.echo(f"wrote {page}")
 
 
-def token_ids(path, acts, n):
-    """Document and token of each of ``n`` rows, by a file or harvest's beside ``acts``; without one, None."""
-    beside = [file.with_suffix(".ids.npy") for file in sorted(Path(acts).glob("*.npy")) or [Path(acts)]]
-    if not (files := [path] if path else [file for file in beside if file.exists()]):
-        return np.arange(n), None
-    ids = np.concatenate([np.atleast_1d(msae.read_npy(file)) for file in files])
-    if ids.dtype.kind not in "iu" or ids.shape != (n, 2) and (ids.size != n or ids.ndim > 2):
-        raise ValueError(f"{files[0]} must hold whole numbers ({n}, 2), ({n},) or (docs, positions), got "
-                         f"{ids.dtype} {ids.shape}")
-    return ids.T if ids.shape == (n, 2) else (np.arange(n) // ids.shape[-1], ids.reshape(-1))
+def page_path(out: Path | None, checkpoint: str) -> Path:
+    """Where the page goes: in the folder of a checkpoint it may replace an older one."""
+    if out is None and Path(checkpoint).is_dir():
+        return Path(checkpoint, "look.html")
+    if out is None:  # of a checkpoint on the Hub
+        out = Path(f"{Path(checkpoint).name}.html")
+    must_be_new(out)
+    return out
 
 
-def read_vocab(path):
-    """{id: text} of a list of tokens, a map to ids or a tokenizer.json; what has no shape as sign or code."""
-    signs = {"\n": "⏎", "\t": "⇥", "▁": " "}
-    with msae.reading(path, "a list of tokens, a map of tokens to ids or a tokenizer.json"):
-        found, added = json.loads(path.read_text(encoding="utf-8-sig")), []
-        if isinstance(found, dict) and isinstance(found.get("model"), dict):
-            found, added = found["model"]["vocab"], found.get("added_tokens") or []
-        texts = [token if isinstance(token, str) else token[0] for token in found]
-        if any("Ġ" in text for text in texts):  # each letter stands for a byte, as in GPT-2's
-            texts = (text.translate(BYTES).encode(errors="surrogateescape") for text in texts)
-            texts = [text.decode(errors="replace") for text in texts]
-        texts = dict(zip(found.values() if isinstance(found, dict) else range(len(found)), texts))
-        texts |= {each["id"]: each["content"] for each in added}
-        return {id: "".join(signs.get(c, c if c.isprintable() else f"\\u{ord(c):04x}") for c in text) or "∅"
-                for id, text in texts.items()}
+def rows_of_training(checkpoint: str, sae: msae.MatryoshkaSAE) -> str:
+    """The path of the rows that ``sae`` was trained on, which train put into its metadata."""
+    if "acts" not in sae.metadata:
+        raise click.UsageError(f"Missing option '--acts': {checkpoint} does not say its rows.")
+    return str(sae.metadata["acts"])
 
 
-def write_page(file, sae, codes, chosen, documents, tokens, most, **more):
-    """Write the page of ``most`` latents at most, by the ``codes`` and ``tokens`` of the ``chosen`` rows."""
-    def context(row, acts, of):
-        near = [i for i in range(row - 10, row + 6) if 0 <= i < len(text) and text[i] == text[row]]
-        shades = "".join(np.base_repr(round(35 * acts.get(i, 0) / of["max"]), 36) for i in near)
-        others = latent[starts[row] + np.argsort(-value[starts[row]:starts[row + 1]])[:9]].tolist()
-        return {"row": int(numbers[row]), "act": acts[row], "from": near[0], "at": row - near[0],
-                "shades": shades, **({} if tokens else {"others": [n for n in others if n != of["latent"]]})}
+def number_texts(documents: np.ndarray, row_numbers: np.ndarray) -> np.ndarray:
+    """(n,): the same number for rows that follow each other in a document without a gap."""
+    is_new = (np.diff(documents) != 0) | (np.diff(row_numbers) != 1)
+    return np.append(0, is_new.cumsum())
 
-    (starts, latent, value, far), F, ends = codes, len(sae.b_enc), list(sae.prefixes)
-    latents, numbers, counts = [], np.flatnonzero(chosen), np.bincount(latent, minlength=F)
-    shown = np.concatenate([np.sort(level[np.argsort(-counts[level])[: max(1, most * len(level) // F)]])
-                            for level in np.split(np.arange(F), ends[:-1])])  # the same share of each level
-    text = np.cumsum(np.r_[0, (np.diff(documents[chosen]) != 0) | (np.diff(numbers) != 1)])  # of each row
+
+class PageRows(NamedTuple):
+    """The n rows that a page is about."""
+
+    codes: msae.SparseCodes
+    row_numbers: np.ndarray  # (n,), in the file
+    texts: np.ndarray  # (n,), the number of the piece of text that a row belongs to
+    tokens: list[str] | None  # n
+
+
+def write_page(
+    path: Path, sae: msae.MatryoshkaSAE, rows: PageRows, max_latents: int, **more: Any
+) -> None:
+    """Write the page of the latents; ``more`` is data for look.html, which says what it takes."""
+    shown = most_frequent(sae, rows.codes, max_latents)
+    latents = []
     with progress("look  latent", len(shown)) as show:
-        for figures, at, own in msae.latent_figures(sae, starts, latent, value, shown):
-            acts = dict(zip(at.tolist(), own.tolist()))
+        for figures, row_index, acts in msae.latent_figures(sae, rows.codes, shown):
+            act_of_row = dict(zip(row_index.tolist(), acts.tolist(), strict=True))
             for kind in ("largest", "random"):
-                figures[kind] = [context(row, acts, figures) for row in figures[kind]]
+                figures[kind] = [context(rows, row, figures, act_of_row) for row in figures[kind]]
             latents.append(figures)
             show(len(latents))
-    about = f"{len(far):,} rows, {far.sum():,} too far out; the {len(shown):,} most frequent of {F:,} latents"
-    data = {"about": about, "ends": ends, "latents": latents, "tokens": tokens, **more}
-    data = json.loads(json.dumps(data), parse_float=lambda x: float(f"{float(x):.4g}"))
-    data = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", r"\u003c")
-    msae.write(file, PAGE.replace("DATA", data, 1).encode())  # foreign text cannot end the script
+    is_far = rows.codes.is_far
+    about = (
+        f"{len(is_far):,} rows, {is_far.sum():,} too far out; "
+        f"the {len(shown):,} most frequent of {len(sae.b_enc):,} latents"
+    )
+    data = {
+        "about": about,
+        "ends": list(sae.prefixes),
+        "latents": latents,
+        "tokens": rows.tokens,
+        **more,
+    }
+    msae.write(path, fill_page(four_digits(data)))
 
 
-def toy_page(file, sae, tree):
-    """The latents' tree on fresh toy rows, beside the features' tree."""
+def most_frequent(sae: msae.MatryoshkaSAE, codes: msae.SparseCodes, max_latents: int) -> np.ndarray:
+    """The latents that fire most often, rising; of each level, between prefixes, the same share."""
+    n_latents = len(sae.b_enc)
+    counts = np.bincount(codes.latent, minlength=n_latents)
+    shown = []
+    for level in np.split(np.arange(n_latents), sae.prefixes[:-1]):
+        n_shown = max(1, max_latents * len(level) // n_latents)
+        by_count = np.argsort(-counts[level])
+        shown.append(np.sort(level[by_count[:n_shown]]))
+    return np.concatenate(shown)
+
+
+def context(rows: PageRows, row: int, figures: dict, act_of_row: dict[int, float]) -> dict:
+    """A row where a latent is on, with the activations of that latent around it in its text."""
+    window = range(max(0, row - N_BEFORE), min(len(rows.texts), row + N_AFTER + 1))
+    neighbours = [i for i in window if rows.texts[i] == rows.texts[row]]
+    shades = [round(35 * act_of_row.get(i, 0) / figures["max"]) for i in neighbours]
+    entry = {
+        "row": int(rows.row_numbers[row]),
+        "act": act_of_row[row],
+        "from": neighbours[0],
+        "at": row - neighbours[0],
+        "shades": "".join(np.base_repr(shade, 36) for shade in shades),  # 0 to z, a sign each
+    }
+    if rows.tokens is None:
+        strongest = strongest_latents(rows.codes, row)
+        entry["others"] = [latent for latent in strongest if latent != figures["latent"]]
+    return entry
+
+
+def strongest_latents(codes: msae.SparseCodes, row: int, max_latents: int = 9) -> list[int]:
+    """The latents that are most active in a row, the largest first."""
+    entries = slice(codes.starts[row], codes.starts[row + 1])
+    by_value = np.argsort(-codes.value[entries])
+    return codes.latent[entries][by_value[:max_latents]].tolist()
+
+
+def four_digits(data: dict) -> dict:
+    """``data`` with its floats rounded to four digits: the page is half as large."""
+    text = json.dumps(data)
+    return json.loads(text, parse_float=lambda number: float(f"{float(number):.4g}"))
+
+
+def fill_page(data: dict) -> bytes:
+    """The page look.html, beside this file, with ``data`` in place of its sample of data."""
+    page = Path(__file__).with_name("look.html").read_text(encoding="utf-8")
+    head, start, rest = page.partition(DATA_START)
+    _, end, tail = rest.partition("</script>")
+    text = json.dumps(data, allow_nan=False, separators=(",", ":"))
+    text = text.replace("<", r"\u003c")  # so that no token can end the script
+    return "".join([head, start, text, end, tail]).encode()
+
+
+# ---------------------------------------------------------------------------------------------- toy
+
+TOY_CONFIG = Path(__file__).with_name("toy_config.json")
+TOY_COLUMNS = {
+    "seed": "{seed}",
+    "FVU": "{fvu:.3f}",
+    "L0": "{l0:.2f}",
+    "clean": "{clean:g}/{features:g}",
+    "cos": "{mean_cosine:.3f}",
+    "min": "{min_cosine:.3f}",
+    "absorbed": "{absorbed:.2f}",
+}
+SHADES = [  # of 0, 1/4, ..., 1: a sign, and where there are colours, a colour
+    (".", "#0d082a"),
+    ("-", "#57106e"),
+    ("+", "#bc3754"),
+    ("*", "#f98e09"),
+    ("#", "#fcffa4"),
+]
+
+
+@main.command(epilog="Example: python cli.py toy --seeds 10 --out runs/ten-seeds")
+@option("--config", type=EXISTING_FILE, default=TOY_CONFIG, help="Settings.")
+@option("--seed", type=AtLeast(0, 2**62), default=0, help="First seed: of tree, rows and weights.")
+@option("--seeds", type=AtLeast(1), default=1, help="Number of seeds, one after the other.")
+@option("--out", type=FOLDER, default="runs/toy", help="For toy.json, toy.svg and look.html.")
+def toy(config: Path, seed: int, seeds: int, out: Path) -> None:
+    """Show absorption, and its cure, on a tree of features. Files are written after each seed."""
+    settings = read_json(config)
+    torch.set_num_threads(1)  # 20 x 20 matrices: threads would only wait for each other
+    results = []
+    for toy_seed in range(seed, seed + seeds):
+        started = time.perf_counter()
+        with msae.reading(config, "a toy"):
+            tree, configs = toy_setup(toy_seed, **settings)
+        out.mkdir(parents=True, exist_ok=True)
+        saes = train_toys(tree, configs, toy_seed)
+        other_seed = toy_seed + 1_000_003  # so that no seed measures on rows that one trained on
+        figures = {name: msae.toy_figures(sae, tree, other_seed) for name, sae in saes.items()}
+        seconds = round(time.perf_counter() - started, 1)
+        result = {"seed": toy_seed, "seconds": seconds, **figures}
+        results.append(result)
+        msae.write(out / "toy.json", result if seeds == 1 else {"seeds": results})
+        msae.write(out / "toy.svg", toy_svg(tree, saes))
+        toy_page(out / "look.html", saes["matryoshka"], tree)
+    sections = {name: toy_rows(name, results) for name in configs}
+    show_table("True features recovered", TOY_COLUMNS, sections)
+    console.print(draw_maps(tree, saes, width=2 if console.width > 140 else 1))
+    click.echo(f"wrote {out / 'toy.json'}, {out / 'toy.svg'} and {out / 'look.html'}")
+
+
+def toy_setup(
+    seed: int, /, tree: dict, train: dict, **size: Any
+) -> tuple[msae.FeatureTree, dict[str, msae.TrainConfig]]:
+    """The tree and the configs {"matryoshka", "vanilla"}; ``size``: d_model, norm_std."""
+    tree = msae.FeatureTree(tree, seed=seed, **size)
+    cfg = msae.TrainConfig(**{"n_latents": len(tree.parent_of), **train, "seed": seed})
+    return tree, {"matryoshka": cfg, "vanilla": cfg.vanilla()}
+
+
+def train_toys(
+    tree: msae.FeatureTree, configs: dict[str, msae.TrainConfig], seed: int
+) -> dict[str, msae.MatryoshkaSAE]:
+    """An SAE for each of the configs, on the same rows, which are seen once."""
+    cfg = configs["vanilla"]
+    n_rows = min(cfg.steps * cfg.batch_size, 2**25 // tree.d_model)  # at most 128 MiB
+    rows = tree.sample(n_rows, seed)
+    saes = {}
+    for name, cfg in configs.items():
+        with training_progress(f"{name} {seed}", cfg.steps) as on_log:
+            saes[name] = msae.train(rows, cfg, on_log=on_log)
+    return saes
+
+
+def toy_rows(name: str, results: list[dict]) -> list[dict]:
+    """The figures of an SAE for each seed, and their mean if there are several."""
+    rows = []
+    for result in results:
+        figures = {**result[name], "seed": result["seed"]}
+        rates = [pair["rate"] for pair in figures.pop("absorption") if pair["rate"] is not None]
+        figures["absorbed"] = np.mean(rates) if rates else math.nan
+        rows.append(figures)
+    if len(rows) > 1:
+        mean = {key: np.mean([figures[key] for figures in rows]) for key in rows[0]}
+        rows.append({**mean, "seed": "mean"})
+    return rows
+
+
+def pure_maps(
+    tree: msae.FeatureTree, saes: dict[str, msae.MatryoshkaSAE]
+) -> dict[str, torch.Tensor]:
+    """{title: (features, features)}: row i is feature i with its parents, or its matched codes."""
+    pure = torch.eye(len(tree.parent_of))
+    for parent, child in tree.pairs:
+        pure[child] += pure[parent]
+    maps = {"true features": pure}
+    norms = tree.directions.norm(dim=1)
+    for name, sae in saes.items():
+        acts, _ = msae.matched_acts(sae, tree, pure @ tree.directions)
+        maps[name] = acts / norms
+    return maps
+
+
+def draw_maps(tree: msae.FeatureTree, saes: dict[str, msae.MatryoshkaSAE], width: int) -> Group:
+    """The pure maps beside each other, with cells of ``width`` signs, and a legend."""
+    maps = pure_maps(tree, saes)
+    true = maps["true features"]
+    pictures = [draw_map(title, values, true, tree, width) for title, values in maps.items()]
+    legend = Text("row: a feature is on, with its parent (bold); column: its latent\n")
+    legend.append(*shade(0, width, is_absorbed=True))
+    legend.append(" absorbed: on, but its latent is silent; 0 ")
+    for level in range(len(SHADES)):
+        legend.append(*shade(level / 4, width))
+    legend.append(" 1")
+    return Group(Columns(pictures, padding=(0, 3)), legend)
+
+
+def draw_map(
+    title: str, values: torch.Tensor, true: torch.Tensor, tree: msae.FeatureTree, width: int
+) -> Text:
+    """A map of ``values``; rings where ``true`` is on and they are not; numbers of parents bold."""
+    n_features = len(true)
+    style = ["bold" if i in tree.parent_of else "" for i in range(n_features)]
+    picture = Text(f"   {title.capitalize():^{n_features * width}}\n   ")
+    for i in range(n_features):
+        number = f"{i:>{width}}"[-width:] if i % 2 == 0 else " " * width  # every second fits
+        picture.append(number, style[i])
+    for i in range(n_features):
+        picture.append("\n")
+        picture.append(f"{i:>2} "[-3:], style[i])
+        for value, true_value in zip(values[i].tolist(), true[i].tolist(), strict=True):
+            is_absorbed = true_value > 0.5 and value < 0.1
+            picture.append(*shade(value, width, is_absorbed))
+    return picture
+
+
+def shade(value: float, width: int, is_absorbed: bool = False) -> tuple[str, str]:
+    """(Text, style) of a cell for a value from 0 to 1, or for one that is absorbed."""
+    level = round(4 * value)
+    sign, colour = SHADES[min(4, max(0, level))]
+    if not is_absorbed:
+        return sign * width, f"{colour} on {colour}"
+    ring = "o" if width == 1 else "()"
+    return ring, f"bold #00ccff on {colour}"
+
+
+def toy_svg(tree: msae.FeatureTree, saes: dict[str, msae.MatryoshkaSAE]) -> bytes:
+    paper = Console(record=True, width=6 * len(tree.parent_of) + 20, height=40, file=io.StringIO())
+    paper.print(draw_maps(tree, saes, width=2))
+    return paper.export_svg(title="python cli.py toy", theme=DEFAULT_TERMINAL_THEME).encode()
+
+
+def toy_page(path: Path, sae: msae.MatryoshkaSAE, tree: msae.FeatureTree) -> None:
+    """The page of an SAE on fresh toy rows: its tree, and the one that there is."""
     features = tree.sample_features(20_000, torch.Generator().manual_seed(0))
-    cosine, latent = (torch.nn.functional.normalize(tree.directions, dim=1) @ sae.W_dec.data.T).max(dim=1)
-    tokens = [f"features {', '.join(map(str, row.nonzero()[:, 0].tolist()))}" for row in features]
-    codes, n = msae.sparse_codes(sae, features @ tree.directions), len(tokens)
-    write_page(file, sae, codes, np.full(n, True), np.arange(n), tokens, len(sae.b_enc), title="The toy",
-               truth=[*zip(latent.tolist(), cosine.tolist(), tree.parent_of)])
+    tokens = []
+    for row in features:
+        active = row.nonzero()[:, 0].tolist()
+        tokens.append(f"features {', '.join(map(str, active))}")
+    codes = msae.sparse_codes(sae, features @ tree.directions)
+    row_numbers = np.arange(len(tokens))
+    rows = PageRows(codes, row_numbers, texts=row_numbers, tokens=tokens)  # each a text by itself
+    cosine, latent = (normalize(tree.directions, dim=1) @ sae.W_dec.data.T).max(dim=1)
+    truth = list(zip(latent.tolist(), cosine.tolist(), tree.parent_of, strict=True))
+    write_page(path, sae, rows, max_latents=len(sae.b_enc), title="The toy", truth=truth)
 
 
-def newest_checkpoint():
-    if weights := max(Path("runs").glob(f"*/{msae.WEIGHTS}"), key=os.path.getmtime, default=None):
-        return weights.parent
-    raise FileNotFoundError("there is no checkpoint under runs/: train one, or name its folder")
+# -------------------------------------------------------------------------------------------- bench
+
+N_WARM_UP = 3  # steps that are not counted
 
 
-# ------------------------------------------------------------------------------------------------------ bench
 @main.command(epilog="Example: python cli.py bench --latents 24576 --steps 10")
 @option("--latents", type=AtLeast(1, 2**31), default=3072, help="Number of latents F.")
 @option("--d-model", type=AtLeast(1, 2**31), default=768, help="Width D of the rows.")
 @option("--batch-size", type=AtLeast(1, 2**31), default=2048, help="Rows per step.")
 @option("--k", type=float, default=30, help="Active latents per row.")
 @option("--steps", type=AtLeast(1), default=20, help="Steps to time, after three to warm up.")
-@device_option
-@dtype_option
-def bench(latents, d_model, batch_size, k, steps, device, dtype):
+@with_device
+@with_dtype
+def bench(
+    latents: int,
+    d_model: int,
+    batch_size: int,
+    k: float,
+    steps: int,
+    device: torch.device,
+    dtype: str | None,
+) -> None:
     """Time this machine's training step beside its encoder product."""
     spare = round(0.25 * latents)  # as train starts with
-    cfg = msae.TrainConfig(latents, k, batch_size=batch_size, dtype=dtype, n_latents_start=latents + spare)
+    cfg = msae.TrainConfig(
+        n_latents=latents, k=k, batch_size=batch_size, dtype=dtype, n_latents_start=latents + spare
+    )
     trainer = msae.Trainer(cfg, d_model, device)
     x = torch.randn(batch_size, d_model, device=device) / d_model**0.5
-    a, W = (t.to(getattr(torch, trainer.dtype)) for t in (x, trainer.sae.W_enc.detach()))
-    product = a @ W
-
-    def seconds(call):
-        started = time.perf_counter()
-        call().flatten()[0].item()  # waits for a GPU
-        return time.perf_counter() - started
-
-    pairs = [(seconds(lambda: torch.mm(a, W, out=product)), seconds(lambda: trainer.step(x)))
-             for _ in range(steps + 3)]
-    alone, step = np.median(pairs[3:], axis=0)  # in turn, so that drift cancels
-    click.echo(f"batch {batch_size:,}, width {d_model:,}, {latents:,} + {spare:,} spare latents, "
-               f"k {k:g}, {len(trainer.step_prefixes())} prefixes, {trainer.dtype} on {device}\n\n"
-               f"encoder product alone  {1e3 * alone:,.1f} ms\n"
-               f"training step          {1e3 * step:,.1f} ms, {step / alone:.2f} x the product\n"
-               f"rows per second        {batch_size / step:,.0f}")
+    product_time, step_time = median_times(trainer, x, steps)
+    click.echo(
+        f"batch {batch_size:,}, width {d_model:,}, {latents:,} + {spare:,} spare latents, "
+        f"k {k:g}, {len(cfg.prefix_lengths())} prefixes, {trainer.dtype} on {device}\n\n"
+        f"encoder product alone  {1e3 * product_time:,.1f} ms\n"
+        f"training step          {1e3 * step_time:,.1f} ms, "
+        f"{step_time / product_time:.2f} x the product\n"
+        f"rows per second        {batch_size / step_time:,.0f}"
+    )
     if device.type == "cuda":
-        click.echo(f"peak memory            {torch.cuda.max_memory_allocated(device) / 2**20:,.0f} MiB")
+        n_bytes = torch.cuda.max_memory_allocated(device)
+        click.echo(f"peak memory            {n_bytes / 2**20:,.0f} MiB")
 
 
-# ------------------------------------------------------------------------------------------------------- push
+def median_times(trainer: msae.Trainer, x: torch.Tensor, steps: int) -> tuple[float, float]:
+    """Seconds of the product ``x @ W_enc`` and of a step, in turns, so that drift cancels."""
+    dtype = getattr(torch, trainer.dtype)
+    x_cast = x.to(dtype)
+    W_enc = trainer.sae.W_enc.detach().to(dtype)
+    product = x_cast @ W_enc
+    product_times = []
+    step_times = []
+    for _ in range(N_WARM_UP + steps):
+        product_times.append(seconds(lambda: torch.mm(x_cast, W_enc, out=product)))
+        step_times.append(seconds(lambda: trainer.step(x)))
+    return np.median(product_times[N_WARM_UP:]), np.median(step_times[N_WARM_UP:])
+
+
+def seconds(call: Callable[[], torch.Tensor]) -> float:
+    """How long ``call`` takes until its result can be read, which waits for a GPU."""
+    started = time.perf_counter()
+    result = call()
+    result.flatten()[0].item()
+    return time.perf_counter() - started
+
+
+# --------------------------------------------------------------------------------------------- push
+
+EVALS = "eval*.json"  # eval.json, of train, and eval-ACTS.json, of eval
 CARD = """---
 library_name: saelens
 license: {license}
-{base}tags: [sparse-autoencoder, matryoshka, mechanistic-interpretability]
+{base_model}tags: [sparse-autoencoder, matryoshka, mechanistic-interpretability]
 ---
 
 # {title}
 
-A Matryoshka sparse autoencoder: {F} latents for raw activations of width {D}. Each of its prefixes, the first
-{prefixes} latents, is a sparse autoencoder too.
+A Matryoshka sparse autoencoder: {F} latents for raw activations of width {D}. Each of its prefixes,
+the first {prefixes} latents, is a sparse autoencoder too.
 
 {facts}
 
@@ -840,58 +1351,121 @@ recon = sae.decode(sae.encode(torch.randn(8, {D})))
 @click.argument("repo", required=False)
 @option("--private/--public", default=None, show_default=False, help="Of a new repository.")
 @option("--revision", help="Branch to commit to, created if it is new.  [default: main]")
-@option("--commit-message", default="Upload a Matryoshka SAE", help="First line of the commit.")
 @option("--create-pr", is_flag=True, help="Open a pull request with the commit.")
 @option("--token", help="Access token.  [default: of `hf auth login` or HF_TOKEN]")
 @option("--license", default="mit", help="Of the weights, for the card.")
 @option("--dry-run", is_flag=True, help="Show what would go up, without touching the network.")
-def push(checkpoint, repo, private, token, license, dry_run, revision, create_pr, commit_message):
-    """Upload CHECKPOINT to REPO on the Hugging Face Hub, with a card. Without one, the newest in runs/."""
-    folder = (checkpoint or newest_checkpoint()).resolve()
-    repo = repo or folder.name
+def push(
+    checkpoint: Path | None,
+    repo: str | None,
+    private: bool | None,
+    revision: str | None,
+    create_pr: bool,
+    token: str | None,
+    license: str,
+    dry_run: bool,
+) -> None:
+    """Upload CHECKPOINT to REPO on the Hugging Face Hub, with a card.
+
+    Without CHECKPOINT it is the newest in runs/.
+    """
+    if checkpoint is None:
+        checkpoint = newest_checkpoint()
+    folder = checkpoint.resolve()
+    if repo is None:
+        repo = folder.name
     name = repo if "/" in repo else f"YOUR_NAME/{repo}"
-    card, names = model_card(folder, name, license, revision), {msae.WEIGHTS, msae.CONFIG, msae.METRICS}
-    files = {path.name: path.read_bytes() for path in sorted(folder.iterdir())
-             if path.name in names or path.match(EVALS)}
-    cfg = json.loads(files[msae.CONFIG])
-    (cfg.get("metadata") or {}).pop("acts", None)  # a path on this machine
-    files[msae.CONFIG] = files["config.json"] = json.dumps(cfg, indent=2).encode()  # the Hub counts by this
+    card = model_card(folder, name, license, revision)
+    files = files_to_push(folder)
     files["README.md"] = card.encode()
     if dry_run:
         lines = "".join(f"{len(content):>13,}  {file}\n" for file, content in files.items())
-        return click.echo(f"would push {folder} to {name}, in one commit:\n{lines}\n{card}")
+        click.echo(f"would push {folder} to {name}, in one commit:\n{lines}\n{card}")
+        return
     try:
-        from huggingface_hub import CommitOperationAdd, HfApi
-        api = HfApi(token=token)
+        api = huggingface_hub.HfApi(token=token)
         repo_id = api.create_repo(repo, private=private, exist_ok=True).repo_id
         files["README.md"] = card.replace(name, repo_id).encode()
-        if revision and not api.revision_exists(repo_id, revision):
-            api.create_branch(repo_id, branch=revision)
-        commit = api.create_commit(repo_id, [CommitOperationAdd(*file) for file in files.items()],
-                                   commit_message=commit_message, revision=revision, create_pr=create_pr)
-    except Exception as error:  # of huggingface_hub, its HTTP library, Xet; after "Bearer" follows a token
-        raise OSError(f"{folder} not pushed to {repo}: {msae.one_line(error).split('Bearer')[0]}") from None
-    click.echo(commit.pr_url or f"{api.endpoint}/{repo_id}" + (f"/tree/{revision}" if revision else ""))
+        url = upload(api, repo_id, files, revision, create_pr)
+    except Exception as error:  # of huggingface_hub, of its HTTP library, of Xet
+        reason = msae.one_line(error).split("Bearer")[0]  # what follows is the token
+        raise OSError(f"{folder} not pushed to {repo}: {reason}") from None
+    click.echo(url)
 
 
-def model_card(folder, repo, license, revision):
-    """The README.md of ``repo``, with a table of eval.json if there is one."""
-    sae, figures = msae.MatryoshkaSAE.load(folder), "There was no evaluation on held-out rows."
-    if file := max(folder.glob(EVALS), default=None):  # eval.json, if it is there
-        with msae.reading(file, "what eval writes"):
-            found = json.loads(file.read_text())
-            rows = [[cell(text, row) for text in TRAINED.values()] for row in found["prefixes"]]
-            table = "\n".join(f"| {' | '.join(row)} |" for row in ([*TRAINED], ["---"] * len(TRAINED), *rows))
-            of = found.get("acts", "held out from training")
-            figures = (f"{table}\n\nOn {found['rows']:,} rows ({of}). FVU: squared error over variance; "
-                       f"L0: active latents per row; {cell(LEGEND, found) + cell(SILENT, found)}.")
-    base = sae.metadata.get("base_model")
+def files_to_push(folder: Path) -> dict[str, bytes]:
+    """{name: content}, without the state of training and without paths of this machine."""
+    names = (msae.WEIGHTS, msae.CONFIG, msae.METRICS)
+    files = {}
+    for path in sorted(folder.iterdir()):
+        if path.name in names or path.match(EVALS):
+            files[path.name] = path.read_bytes()
+    cfg = json.loads(files[msae.CONFIG])
+    if cfg.get("metadata"):
+        cfg["metadata"].pop("acts", None)
+    files[msae.CONFIG] = json.dumps(cfg, indent=2).encode()
+    files["config.json"] = files[msae.CONFIG]  # by which the Hub counts downloads
+    return files
+
+
+def upload(
+    api: "huggingface_hub.HfApi",  # quoted, as huggingface_hub loads it on first use, which is slow
+    repo_id: str,
+    files: dict[str, bytes],
+    revision: str | None,
+    create_pr: bool,
+) -> str:
+    """Put ``files`` into a repository in one commit; return where they can be seen."""
+    if revision and not api.revision_exists(repo_id, revision):
+        api.create_branch(repo_id, branch=revision)
+    commit = api.create_commit(
+        repo_id,
+        [huggingface_hub.CommitOperationAdd(name, content) for name, content in files.items()],
+        commit_message="Upload a Matryoshka SAE",
+        revision=revision,
+        create_pr=create_pr,
+    )
+    if commit.pr_url:
+        return commit.pr_url
+    url = f"{api.endpoint}/{repo_id}"
+    return f"{url}/tree/{revision}" if revision else url
+
+
+def model_card(folder: Path, repo: str, license: str, revision: str | None) -> str:
+    """The README.md of ``repo``: what the checkpoint is, how good it is, how to load it."""
+    sae = msae.MatryoshkaSAE.load(folder)
+    facts = [f"- {name}: {value}" for name, value in sae.metadata.items() if name != "acts"]
+    base_model = sae.metadata.get("base_model")
     return CARD.format(
-        license=json.dumps(license), base=f"base_model: {json.dumps(base)}\n" if base else "",
-        title=repo.split("/")[-1], F=len(sae.b_enc), D=len(sae.b_dec), p=sae.prefixes[0], figures=figures,
-        facts="\n".join(f"- {name}: {value}" for name, value in sae.metadata.items() if name != "acts"),
+        license=json.dumps(license),
+        base_model=f"base_model: {json.dumps(base_model)}\n" if base_model else "",
+        title=repo.split("/")[-1],
+        F=len(sae.b_enc),
+        D=len(sae.b_dec),
+        prefixes=", ".join(map(str, sae.prefixes)),
+        p=sae.prefixes[0],
+        facts="\n".join(facts),
+        figures=figures_of_card(folder),
         source=f"{repo!r}, revision={revision!r}" if revision else repr(repo),
-        prefixes=", ".join(map(str, sae.prefixes)))
+    )
+
+
+def figures_of_card(folder: Path) -> str:
+    """A table of eval.json, which is the last by name, or of another evaluation."""
+    files = sorted(folder.glob(EVALS))
+    if not files:
+        return "There was no evaluation on held-out rows."
+    with msae.reading(files[-1], "what eval writes"):
+        figures = json.loads(files[-1].read_text())
+        lines = [list(TRAINING_COLUMNS), ["---"] * len(TRAINING_COLUMNS)]
+        for level in figures["prefixes"]:
+            lines.append([fill(text, level) for text in TRAINING_COLUMNS.values()])
+        table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+        source = figures.get("acts", "held out from training")
+        return (
+            f"{table}\n\nOn {figures['rows']:,} rows ({source}). FVU: squared error over variance; "
+            f"L0: active latents per row; {legend(figures)}."
+        )
 
 
 if __name__ == "__main__":

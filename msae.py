@@ -1,23 +1,35 @@
-"""A Matryoshka sparse autoencoder (SAE) in one file: nested dictionaries, trained as one set of latents.
+"""A Matryoshka sparse autoencoder (SAE) in one file: nested dictionaries, trained as one set of
+latents.
 
-    encode (training)    pre  = relu((x - b_dec) @ W_enc + b_enc); acts = the round(k B) largest of pre
+    encode (training)    pre  = relu((x - b_dec) @ W_enc + b_enc)
+                         acts = the round(k B) largest entries of pre, the others 0
     encode (inference)   acts = pre * (pre > threshold)
     prefix p             recon_p = b_dec + acts[:, :p] @ W_dec[:p]
-    nested loss          L = sum_p w_p mean_B |x - recon_p|^2,  sum_p w_p = 1
+    nested loss          L = sum_p w_p mean_B |x - recon_p|^2,   sum_p w_p = 1
 
-Every prefix of the latents has to reconstruct alone, so the early latents stay general and are not absorbed
-by the specialised ones that follow. One prefix, of all latents, is the plain BatchTopK SAE. B batch rows,
-D model width, F latents, P prefixes. Not included: L1 and gated SAEs, transcoders.
+Every prefix of the latents has to reconstruct alone. So the early latents stay general and are not
+absorbed by the specialised ones that follow. One prefix, of all latents, is the plain BatchTopK
+SAE.
 
-Sections 1 to 4 are the whole method, literally, but for the gradients of ``batch_loss``, which 5 makes fast.
-Around them: 6 runs, 7 files, 8 metrics, 9 the toy, 10 language models.
+Shapes: B rows of a batch, D d_model, F n_latents, P prefixes, n_kept entries that a batch keeps.
 
-From arXiv: nested loss: Bussmann et al., 2503.17547; BatchTopK: Bussmann et al., 2412.06410; AuxK: Gao et
-al., 2406.04093. From noanabeshima/matryoshka-saes: Pareto prefixes, energy order, the toy.
+Notable:
+- A loss is one function (sae, x, step) -> (loss, codes). ``batch_loss`` is the literal formula,
+  ``fast_loss`` the same value and gradients with one dense product, and the default. Pass your own.
+- A checkpoint is a folder that SAELens opens as it is, for raw activations.
+- Training goes on after a cut where it was, bit for bit on the CPU.
+Not included: gated SAEs, transcoders, crosscoders.
+
+Sections: 1 the autoencoder, 2 the loss, 3 the same loss, fast, 4 settings and trainer, 5 rows,
+6 runs, 7 metrics, 8 the toy, 9 language models.
+
+From arXiv: nested loss: Bussmann et al., 2503.17547; BatchTopK: Bussmann et al., 2412.06410; AuxK:
+Gao et al., 2406.04093. From noanabeshima/matryoshka-saes: Pareto prefixes, energy order, the toy.
 """
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -26,171 +38,528 @@ import mmap
 import os
 import shutil
 import signal
+import threading
 import time
 import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import safetensors.torch
 import torch
-from torch import distributed, nn
+from torch import Tensor, distributed, nn
 
-__version__ = "1.0.0"
+__version__ = "1.1.0"
+
+Device = torch.device | str
 
 
-def _require(ok, rule, value):
-    if not ok:
+def require(condition: Any, rule: str, value: Any) -> None:
+    """``ValueError`` with the rule and the value that breaks it, in one line."""
+    if not condition:
         raise ValueError(f"{rule}, got {value!s:.300}")
 
 
-# --------------------------------------- 1. the autoencoder
-# What is trained, saved and used: four parameters and a threshold, on disk in SAELens' JumpReLU format.
-# Uses ``prefix_lengths`` of section 2 and the readers and writers of section 7.
+# ---------------------------------------------------------------------------------------------
+# 1. The autoencoder: four parameters and a threshold, on disk in SAELens' JumpReLU format
+# ---------------------------------------------------------------------------------------------
 
-WEIGHTS, CONFIG = "sae_weights.safetensors", "cfg.json"
-SAELENS = {"architecture": "jumprelu", "normalize_activations": "none", "reshape_activations": "none"}
+WEIGHTS = "sae_weights.safetensors"
+CONFIG = "cfg.json"
+# What SAELens calls the SAE below. Other values of these keys mean other computations.
+SAELENS = {
+    "architecture": "jumprelu",
+    "normalize_activations": "none",
+    "reshape_activations": "none",
+}
 
 
 class MatryoshkaSAE(nn.Module):
-    """The SAE at the top of the file. ``W_dec`` starts as random unit rows, ``W_enc`` as its transpose."""
+    """The SAE above. ``W_dec`` starts as random unit rows, ``W_enc`` as its transpose.
 
-    def __init__(self, d_model, n_latents, prefixes=None, generator=None):
+    ``prefixes``: rising lengths up to F, or fractions up to 1 (see ``prefix_lengths``)."""
+
+    # Along which dimension each tensor lists the latents, for pruning, sorting and export. A new
+    # parameter gets its entry here, and in ``fold_scale`` what becomes of it for raw rows.
+    latent_dims = {"W_enc": 1, "b_enc": 0, "W_dec": 0, "b_dec": None, "threshold": 0}
+
+    def __init__(
+        self,
+        d_model: int,
+        n_latents: int,
+        prefixes: Sequence | None = None,
+        generator: torch.Generator | None = None,
+    ):
         super().__init__()
-        W_dec = nn.functional.normalize(torch.randn(n_latents, d_model, generator=generator), dim=1)
+        W_dec = torch.randn(n_latents, d_model, generator=generator)
+        W_dec = nn.functional.normalize(W_dec, dim=1)
         self.W_enc = nn.Parameter(W_dec.T.clone(memory_format=torch.contiguous_format))
         self.b_enc = nn.Parameter(torch.zeros(n_latents))
         self.W_dec = nn.Parameter(W_dec)
         self.b_dec = nn.Parameter(torch.zeros(d_model))
-        self.register_buffer("threshold", torch.zeros(n_latents))  # one number repeated, of SAEs trained here
+        self.register_buffer("threshold", torch.zeros(n_latents))
         self.prefixes = prefix_lengths(n_latents, prefixes)
-        self.metadata = {}  # what its checkpoint says of it
+        self.metadata: dict = {}  # what its checkpoint says of it
 
-    def pre_acts(self, x, prefix=None):
-        """``relu((x - b_dec) @ W_enc + b_enc)`` of the first ``prefix`` latents: (..., D) -> (..., p)."""
-        _require(x.shape[-1:] == self.b_dec.shape, f"x must be {len(self.b_dec)} wide", tuple(x.shape))
+    def pre_acts(self, x: Tensor, prefix: int | None = None) -> Tensor:
+        """``relu((x - b_dec) @ W_enc + b_enc)`` of ``prefix`` latents: (..., D) -> (..., p)."""
+        width = len(self.b_dec)
+        require(x.shape[-1:] == (width,), f"x must be {width} wide", tuple(x.shape))
         x = torch.as_tensor(x).to(self.b_dec.dtype) - self.b_dec
         return torch.relu(x @ self.W_enc[:, :prefix] + self.b_enc[:prefix])
 
-    def encode(self, x, prefix=None):
-        """``pre * (pre > threshold)`` of raw ``x``: (..., D) -> (..., F), or (..., prefix)."""
-        F = len(self.b_enc)
-        _require(prefix is None or 1 <= prefix <= F, f"prefix must lie in [1, {F}]", prefix)
+    def encode(self, x: Tensor, prefix: int | None = None) -> Tensor:
+        """``pre * (pre > threshold)`` of raw rows: (..., D) -> (..., F), or (..., prefix)."""
+        if prefix is not None:
+            n_latents = len(self.b_enc)
+            require(1 <= prefix <= n_latents, f"prefix must lie in [1, {n_latents}]", prefix)
         pre = self.pre_acts(x, prefix)
         return pre * (pre > self.threshold[:prefix])
 
-    def decode(self, acts):
+    def decode(self, acts: Tensor) -> Tensor:
         """``acts @ W_dec[:p] + b_dec``: (..., p) -> (..., D)."""
         return acts @ self.W_dec[: acts.shape[-1]] + self.b_dec
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.decode(self.encode(x))
 
-    def save(self, folder):
-        """Write weights and ``cfg.json`` into ``folder``, as SAELens 6 loads them (``load_from_disk``)."""
+    @torch.no_grad()
+    def fold_scale(self, scale: Tensor) -> None:
+        """Turn this SAE, of rows ``x / scale``, in place into one of raw ``x``; ``scale`` is (D,).
+
+        Decoder rows stay unit: their length goes over into the codes and what makes them."""
+        self.b_dec *= scale
+        self.W_enc /= scale[:, None]
+        self.W_dec *= scale
+        length = self.W_dec.norm(dim=1)
+        self.W_dec /= length[:, None]
+        self.W_enc *= length
+        self.b_enc *= length
+        self.threshold *= length
+
+    def save(self, folder: Path | str) -> None:
+        """Write weights and ``cfg.json`` into ``folder``, for SAELens 6's ``load_from_disk``."""
+        # without a version SAELens drops the metadata
         metadata = {**self.metadata, "sae_lens_version": "6.0.0", "prefixes": list(self.prefixes)}
-        cfg = {**SAELENS, "d_in": len(self.b_dec), "d_sae": len(self.b_enc), "dtype": "float32",
-               "apply_b_dec_to_input": True, "device": "cpu", "metadata": metadata}
-        tensors = {name: tensor.float().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        cfg = {
+            **SAELENS,
+            "d_in": len(self.b_dec),
+            "d_sae": len(self.b_enc),
+            "dtype": "float32",
+            "apply_b_dec_to_input": True,
+            "device": "cpu",
+            "metadata": metadata,
+        }
+        tensors = {}
+        for name, tensor in self.state_dict().items():
+            tensors[name] = tensor.float().cpu().contiguous()
         Path(folder).mkdir(parents=True, exist_ok=True)
         write(Path(folder, WEIGHTS), safetensors.torch.save(tensors))
         write(Path(folder, CONFIG), cfg)
 
     @classmethod
-    def load(cls, source, device="cpu", revision=None):
-        """Read a JumpReLU SAE, of ``save`` or of SAELens, from a folder or the Hub's "user/name"."""
-        on_hub = isinstance(source, str) and source.count("/") == 1 and not Path(source).parent.is_dir()
-        _require(on_hub or not revision, f"revision needs a Hub repository, {source} is none", revision)
-        folder = download(source, [CONFIG, WEIGHTS], revision) if on_hub else Path(source)
+    def load(cls, source: Path | str, device: Device = "cpu", revision: str | None = None):
+        """Read a JumpReLU SAE, of ``save`` or of SAELens, from a folder or the Hub's "user/name".
+
+        A folder of that name wins. ``ValueError`` for another architecture, damaged files, or
+        weights that are not finite; ``OSError`` for what is not there."""
+        if is_on_hub(source):
+            folder = download(source, [CONFIG, WEIGHTS], revision)
+        else:
+            folder = Path(source)
+            require(not revision, f"revision needs a Hub repository, {source} is none", revision)
         with reading(folder, "a JumpReLU checkpoint of SAELens"):
             cfg = json.loads((folder / CONFIG).read_text())
-            for name, needed in SAELENS.items():  # the last is missing in older ones
-                _require(cfg.get(name, "none") == needed, f"{name} must be {needed}", repr(cfg.get(name)))
+            for name, needed in SAELENS.items():
+                found = cfg.get(name, "none")  # older files lack reshape_activations
+                require(found == needed, f"{name} must be {needed}", repr(found))
             metadata = {"prefixes": [cfg["d_sae"]], **(cfg.get("metadata") or {})}
-            sae = cls(cfg["d_in"], cfg["d_sae"], metadata.pop("prefixes"), torch.Generator())
-            sae.load_state_dict(safetensors.torch.load_file(folder / WEIGHTS))  # these five, of these shapes
+            prefixes = metadata.pop("prefixes")
+            sae = cls(cfg["d_in"], cfg["d_sae"], prefixes, torch.Generator())
+            sae.load_state_dict(safetensors.torch.load_file(folder / WEIGHTS))
             for name, tensor in sae.state_dict().items():
-                _require(tensor.isfinite().all(), f"{name} must be finite", "NaN or infinity")
-        if not cfg.get("apply_b_dec_to_input", True):  # x @ W_enc = (x - b_dec) @ W_enc + b_dec @ W_enc
+                require(tensor.isfinite().all(), f"{name} must be finite", "NaN or infinity")
+        if not cfg.get("apply_b_dec_to_input", True):
+            # its x @ W_enc is our (x - b_dec) @ W_enc + b_dec @ W_enc
             sae.b_enc.data += sae.b_dec.data @ sae.W_enc.data
-        sae.metadata = {name: value for name, value in metadata.items() if name != "sae_lens_version"}
+        metadata.pop("sae_lens_version", None)
+        sae.metadata = metadata
         return sae.to(device)
 
 
-# ----------------------------- 2. prefixes, selection, loss
-# The method as pure functions, each its literal formula; autograd gives the gradients.
-# Uses torch alone.
+def is_on_hub(source: Path | str) -> bool:
+    """Whether this names a Hub repository, "user/name", and there is no folder "user"."""
+    if not isinstance(source, str) or source.count("/") != 1:
+        return False
+    return not Path(source).parent.is_dir()
 
 
-def prefix_lengths(n_latents, prefixes=None):
-    """Rising lengths up to ``n_latents``, of such or of fractions up to 1 (by default Bussmann et al.'s)."""
+# ---------------------------------------------------------------------------------------------
+# 2. The loss, literally: prefixes, selection, nested loss, AuxK; autograd gives the gradients
+# ---------------------------------------------------------------------------------------------
+
+
+class Step(NamedTuple):
+    """What one optimizer step asks of its loss. A loss uses of it what it likes."""
+
+    number: int  # steps done before this one
+    n_kept: int  # entries of the batch to keep: round(k B)
+    prefixes: tuple[int, ...]  # rising, the last is F
+    weights: tuple[float, ...]  # w_p, one a prefix, sum 1
+    dead: Tensor  # (m,) latents that have not fired for long
+    aux_coef: float  # weight of the AuxK loss
+    cut: Tensor  # smallest entry that the last step kept, 0 before the first
+    memory: dict[str, Tensor]  # of tensors that are needed no more, to write into
+
+
+class Codes(NamedTuple):
+    """The entries of a batch (B, F) that a loss kept."""
+
+    values: Tensor  # (n_kept,), without gradient
+    index: Tensor  # (n_kept,) row-major positions, row * F + latent, rising
+
+    @classmethod
+    def of(cls, acts: Tensor) -> "Codes":
+        """The positive entries of dense codes (B, F)."""
+        flat = acts.detach().flatten()
+        index = flat.nonzero().squeeze(1)
+        return cls(flat[index], index)
+
+
+def prefix_lengths(n_latents: int, prefixes: Sequence | None = None) -> tuple[int, ...]:
+    """Rising lengths up to ``n_latents``, from such lengths or from fractions up to 1.
+
+    Default: 1/16, 1/8, 1/4, 1/2, 1 (Bussmann et al.). ``ValueError`` where they do not rise to the
+    end."""
     given = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0) if prefixes is None else tuple(prefixes)
-    rising = len(given) > 0 and all(a < b for a, b in zip((0, *given), given))
-    lengths = rising and given[-1] == n_latents and all(p == int(p) for p in given)
-    _require(rising and (lengths or given[-1] == 1), f"prefixes must rise to {n_latents}, or to 1", given)
-    return tuple(sorted({int(p) if lengths else max(1, round(p * n_latents)) for p in given}))
+    rule = f"prefixes must rise to {n_latents}, or to 1"
+    require(all(a < b for a, b in itertools.pairwise((0, *given))), rule, given)
+    if given[-1:] == (n_latents,) and all(p == int(p) for p in given):
+        return tuple(int(p) for p in given)
+    require(given[-1:] == (1,), rule, given)
+    lengths = {max(1, round(fraction * n_latents)) for fraction in given}
+    return tuple(sorted(lengths))
 
 
-def sample_prefixes(n_latents, n_prefixes, power=0.5, generator=None):
-    """``n_latents`` and ``n_prefixes - 1`` other lengths ``L``, with ``P(L) ~ L^power - (L-1)^power``."""
+def sample_prefixes(
+    n_latents: int, n_prefixes: int, power: float = 0.5, generator: torch.Generator | None = None
+) -> tuple[int, ...]:
+    """F and ``n_prefixes - 1`` shorter lengths, drawn by ``P(L) ~ L^power - (L-1)^power``.
+
+    Pareto prefixes: a power towards 0 favours short ones, 1 is uniform."""
     weights = (torch.arange(n_latents, dtype=torch.float64) ** power).diff()
     drawn = torch.multinomial(weights, n_prefixes - 1, generator=generator) + 1
     return (*sorted(drawn.tolist()), n_latents)
 
 
-def batch_topk(pre, n):
-    """The ``n`` largest entries of ``pre`` (B, F), and their row-major positions, increasing: (n,), (n,)."""
-    values, index = pre.flatten().topk(min(n, pre.numel()))
+def batch_topk(pre: Tensor, n_kept: int) -> tuple[Tensor, Tensor]:
+    """The ``n_kept`` largest entries of all ``pre`` (B, F), and their row-major positions,
+    rising."""
+    values, index = pre.flatten().topk(min(n_kept, pre.numel()))
     index, by_position = index.sort()
     return values[by_position], index
 
 
-def nested_loss(x, acts, W_dec, b_dec, prefixes, weights=None):
-    """``sum_p w_p mean_B |x - b_dec - acts[:, :p] @ W_dec[:p]|^2`` of ``x (B, D)``, ``acts (B, F)``: scalar.
-    ``prefixes`` end in F, weights default to 1/P. Learning rates do not transfer from the peers (README)."""
-    weights = weights or [1 / len(prefixes)] * len(prefixes)
+def nested_loss(
+    x: Tensor,
+    acts: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor,
+    prefixes: Sequence[int],
+    weights: Sequence[float] | None = None,
+) -> Tensor:
+    """``sum_p w_p mean_B |x - b_dec - acts[:, :p] @ W_dec[:p]|^2``, a scalar.
+
+    ``x`` (B, D), ``acts`` (B, F); ``prefixes`` end in F, weights default to 1/P. The peers weigh
+    differently, so their learning rates do not transfer (README)."""
+    if weights is None:
+        weights = [1 / len(prefixes)] * len(prefixes)
     sizes = np.diff(prefixes, prepend=0).tolist()
-    recon, loss = b_dec, 0.0
-    for block, rows, weight in zip(acts.split(sizes, dim=1), W_dec.split(sizes), weights):
-        recon = recon + block @ rows
+    recon = b_dec
+    loss = x.new_zeros(())
+    blocks = zip(acts.split(sizes, dim=1), W_dec.split(sizes), weights, strict=True)
+    for block_acts, block_rows, weight in blocks:
+        recon = recon + block_acts @ block_rows
         loss = loss + weight * (x - recon).pow(2).sum(dim=1).mean()
     return loss
 
 
-def batch_loss(sae, x, n, prefixes, weights=None):
-    """A step's loss (gradients: section 5): ``nested_loss`` of ``x`` (B, D) by the ``n`` largest codes."""
-    pre = sae.pre_acts(x)
-    values, index = batch_topk(pre, n)
-    acts = torch.zeros_like(pre).flatten().scatter(0, index, values).view_as(pre)
-    return nested_loss(x, acts, sae.W_dec, sae.b_dec, prefixes, weights)
-
-
-def aux_loss(x, residual, W_enc, b_enc, W_dec):
+def aux_loss(x: Tensor, residual: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor) -> Tensor:
     """AuxK: ``mean |residual - a @ W_dec|^2 / mean |residual - mean|^2``, a scalar, about 1.
-    ``x`` and the constant ``residual`` (B, D), ``x`` without ``b_dec``; weights of the m dead latents alone;
-    ``a`` keeps per row the ``min(D / 2, m)`` largest of ``relu(pre)``. Gao et al. 2024, section A.2."""
+
+    ``x`` is without ``b_dec``, ``residual`` (B, D) a constant, the weights are those of the m dead
+    latents alone; ``a`` keeps in each row the ``min(D / 2, m)`` largest of ``relu(x @ W_enc +
+    b_enc)``. So the dead latents learn what the living ones leave. Gao et al. 2024, section A.2."""
     pre = torch.relu(x @ W_enc + b_enc)  # (B, m)
-    values, index = pre.topk(min(x.shape[1] // 2 or 1, len(b_enc)), dim=1, sorted=False)
+    n_active = min(max(1, x.shape[1] // 2), len(b_enc))
+    values, index = pre.topk(n_active, dim=1, sorted=False)
     recon = torch.zeros_like(pre).scatter(1, index, values) @ W_dec
-    spread = (residual - residual.mean(dim=0)).pow(2).sum(dim=1).mean()
-    return (residual - recon).pow(2).sum(dim=1).mean() / spread.clamp_min(1e-12)
+    variance = (residual - residual.mean(dim=0)).pow(2).sum(dim=1).mean()
+    return (residual - recon).pow(2).sum(dim=1).mean() / variance.clamp_min(1e-12)
 
 
-# ---------------------------------------------- 3. settings
-# All that a run depends on beside its rows, checked once, with the schedules that follow from it.
-# Uses section 2's ``prefix_lengths``.
+def batch_loss(sae: MatryoshkaSAE, x: Tensor, step: Step) -> tuple[Tensor, Codes]:
+    """``nested_loss`` by the ``n_kept`` largest codes of x (B, D), + ``aux_coef * aux_loss``."""
+    pre = sae.pre_acts(x)
+    values, index = batch_topk(pre, step.n_kept)
+    acts = torch.zeros_like(pre).flatten().scatter(0, index, values).view_as(pre)
+    loss = nested_loss(x, acts, sae.W_dec, sae.b_dec, step.prefixes, step.weights)
+    if len(step.dead) > 0 and step.aux_coef > 0:
+        residual = (x - sae.decode(acts)).detach()
+        dead = step.dead
+        dead_weights = sae.W_enc[:, dead], sae.b_enc[dead], sae.W_dec[dead]
+        revival = aux_loss(x - sae.b_dec.detach(), residual, *dead_weights)
+        loss = loss + step.aux_coef * revival
+    return loss, Codes(values.detach().float(), index)
 
-LEAST = {"k": 1e-12, "k_start": 1e-12, "lr": 1e-12, "clip": 1e-12, "pareto_power": 1e-9, "n_latents": 1,
-         "max_norm": 1, "n_prefixes": 2, "batch_size": 1, "steps": 1, "dead_after": 1}  # of other numbers 0
+
+# ---------------------------------------------------------------------------------------------
+# 3. The same loss, fast: only k / F of the entries survive, so each product but the encoder's
+#    becomes a sum over them, in float32; float16 then needs no loss scale
+# ---------------------------------------------------------------------------------------------
+
+# Numbers that stay in a core's cache until they are used next: 2 MiB of float32.
+CACHED = 1 << 19
+
+
+def fast_loss(sae: MatryoshkaSAE, x: Tensor, step: Step) -> tuple[Tensor, Codes]:
+    """``batch_loss``: the same value, the same gradients, with one dense product instead of six.
+
+    ``ValueError`` for an SAE with other parameters, of which it knows no gradients."""
+    known = ("W_enc", "b_enc", "W_dec", "b_dec")
+    for name, _ in sae.named_parameters():
+        require(name in known, "fast_loss has no gradient, take loss=batch_loss, for", name)
+    parameters = (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec)
+    loss, values, index = _FastLoss.apply(x, step, *parameters)
+    return loss, Codes(values, index)
+
+
+class _FastLoss(torch.autograd.Function):
+    """Gradients in closed form: ``forward`` finds those of the codes, ``backward`` sums them."""
+
+    @staticmethod
+    def forward(ctx, x, step, W_enc, b_enc, W_dec, b_dec):
+        ctx.in_blocks = in_blocks(x)
+        x = x - b_dec
+        select = topk_in_blocks if ctx.in_blocks else topk_at_once
+        values, index = select(x, W_enc, b_enc, step.n_kept, step.cut)
+        G = take_memory(step.memory, "G", (len(x), len(step.prefixes), x.shape[1]), x)
+        with autocast(x.device, "float32"):
+            loss, d_values, latent, row_block = nested_gradients(x, values, index, W_dec, step, G)
+        ctx.dead_grads = ()
+        if len(step.dead) > 0 and step.aux_coef > 0:
+            residual = x - decode_entries(values, index, W_dec, len(x))
+            revival, ctx.dead_grads = aux_gradients(x, residual, step.dead, W_enc, b_enc, W_dec)
+            loss = loss + step.aux_coef * revival
+        ctx.step = step
+        ctx.save_for_backward(x, values, d_values, latent, row_block, G, W_enc)
+        ctx.mark_non_differentiable(values, index)
+        return loss, values, index
+
+    @staticmethod
+    def backward(ctx, d_loss, *_):
+        x, values, d_values, latent, row_block, G, W_enc = ctx.saved_tensors
+        memory = ctx.step.memory
+        n_blocks = G.shape[1]
+        values = values * d_loss
+        d_values = d_values * d_loss
+        dW_enc = take_memory(memory, "W_enc", W_enc.shape, x)
+        dW_dec = take_memory(memory, "W_dec", W_enc.T.shape, x)
+
+        latent, by_latent = latent.sort(stable=True)
+        row_block = row_block[by_latent]
+        starts = torch.searchsorted(latent, torch.arange(len(dW_dec) + 1, device=x.device))
+        # dW_dec = acts_j.T @ G_j for the latents of block j; dW_enc = x.T @ d_pre
+        sums_by_latent(dW_dec, values[by_latent], row_block, starts, G.flatten(0, 1), ctx.in_blocks)
+        row = row_block // n_blocks
+        sums_by_latent(dW_enc.T, d_values[by_latent], row, starts, x, ctx.in_blocks)
+        db_enc = x.new_zeros(len(dW_dec)).index_add_(0, latent, d_values[by_latent])
+        # b_dec is added to every reconstruction and taken from every input
+        db_dec = G[:, 0].sum(dim=0) * d_loss - W_enc @ db_enc
+
+        targets = ((dW_enc, 1), (db_enc, 0), (dW_dec, 0))
+        for (grad, dim), dead_grad in zip(targets, ctx.dead_grads, strict=False):
+            share = ctx.step.aux_coef / len(x)
+            grad.index_add_(dim, ctx.step.dead, dead_grad * d_loss, alpha=share)
+        memory["G"] = G
+        return None, None, dW_enc, db_enc, dW_dec, db_dec
+
+
+def take_memory(memory: dict[str, Tensor], name: str, shape: Sequence[int], like: Tensor) -> Tensor:
+    """An unfilled tensor: what ``memory`` keeps under that name, if it fits, else new.
+
+    Fresh memory costs a page fault every 4 KiB: 15 % of a step at F = 24,576."""
+    kept = memory.pop(name, None)
+    if kept is not None and kept.shape == tuple(shape):
+        return kept
+    return torch.empty(shape, dtype=like.dtype, device=like.device)
+
+
+def autocast(device: torch.device, dtype: str) -> contextlib.AbstractContextManager:
+    """Products in ``dtype``, "float32" as they are, where the device knows ``torch.autocast``."""
+    if not torch.amp.is_autocast_available(device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")
+
+
+def in_blocks(x: Tensor) -> bool:
+    """Whether to work in blocks that stay in the cache: on a CPU in float32. Else at once."""
+    return x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+
+
+def topk_at_once(x: Tensor, W_enc: Tensor, b_enc: Tensor, n_kept: int, cut: Tensor | None = None):
+    """``batch_topk`` of ``relu(x @ W_enc + b_enc)``, in float32. Waits for no value of a GPU."""
+    values, index = batch_topk(torch.addmm(b_enc, x, W_enc), n_kept)
+    return values.float().clamp_min(0), index
+
+
+def topk_in_blocks(x: Tensor, W_enc: Tensor, b_enc: Tensor, n_kept: int, cut: Tensor):
+    """The same on a CPU, faster: the one dense product of a step is made some latents at a time,
+    and only entries above 0.9 of the ``cut``, the smallest of the last step, are looked at again.
+
+    Exact: where too few lie above, all are made anew. 0.9, since the cut moves little in a step."""
+    n_rows = len(x)
+    n_latents = len(b_enc)
+    if cut <= 0:
+        return topk_at_once(x, W_enc, b_enc, n_kept)
+    width = max(1, 4 * CACHED // n_rows)  # 4: each number is read just once
+    found_values, found_index = [], []
+    for start in range(0, n_latents, width):
+        block = slice(start, start + width)
+        pre = torch.addmm(b_enc[block], x, W_enc[:, block])
+        # numpy finds the places among 6 million numbers in 3 ms, torch in 14
+        above = np.flatnonzero((pre > 0.9 * cut).numpy())
+        row, latent = np.divmod(above, pre.shape[1])
+        found_values.append(pre.numpy().ravel()[above])
+        found_index.append(row * n_latents + latent + start)
+    values = np.concatenate(found_values)
+    if len(values) < n_kept:
+        return topk_at_once(x, W_enc, b_enc, n_kept)
+    largest = np.argpartition(values, -n_kept)[-n_kept:]
+    index = torch.from_numpy(np.concatenate(found_index)[largest])
+    index, by_position = index.sort()
+    return torch.from_numpy(values[largest])[by_position], index
+
+
+def weighted_row_sums(values: Tensor | None, index: Tensor, starts: Tensor, rows: Tensor) -> Tensor:
+    """For each j: ``sum_i values[i] * rows[index[i]]`` over ``starts[j] <= i < starts[j + 1]``."""
+    bags = starts[:-1]
+    return nn.functional.embedding_bag(index, rows, bags, mode="sum", per_sample_weights=values)
+
+
+def decode_entries(values: Tensor, index: Tensor, W_dec: Tensor, n_rows: int) -> Tensor:
+    """``acts @ W_dec`` (B, D) of ``values`` at row-major positions ``index``, rising."""
+    n_latents = len(W_dec)
+    row_numbers = torch.arange(n_rows + 1, device=index.device)
+    starts = torch.searchsorted(index // n_latents, row_numbers)
+    return weighted_row_sums(values, index % n_latents, starts, W_dec)
+
+
+def nested_gradients(
+    x: Tensor, values: Tensor, index: Tensor, W_dec: Tensor, step: Step, G: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``nested_loss`` of sparse codes and its gradients; ``x`` (B, D) is without ``b_dec``.
+
+    The latents between two prefixes are a block. In row b, block j decodes to ``R_j``; ``R_1``
+    takes ``-x`` in. So prefix p leaves the residual ``sum_{j <= p} R_j``, and the loss is a
+    quadratic form:
+
+        L = 1/2 sum_b sum_ij K_ij <R_i, R_j>,   K_ij = 2/B sum_{p >= max(i, j)} w_p
+        dL/dR = G = K R,    so   L = 1/2 sum_b sum_j <G_j, R_j>
+        dL/dvalue = <G_j, W_dec[latent]>,   so   L = 1/2 (sum value dL/dvalue - sum_b <G_1, x>)
+
+    Fills ``G`` (B, P, D). Returns the loss, d_values, latent and row_block = row * P + block, all
+    (n_kept,)."""
+    n_rows, n_blocks, d_model = G.shape
+    device = x.device
+    latent = index % len(W_dec)
+    prefixes = torch.tensor(step.prefixes).to(device, non_blocking=True)
+    block = torch.bucketize(latent, prefixes, right=True)
+    row_block = index // len(W_dec) * n_blocks + block
+    starts = torch.searchsorted(row_block, torch.arange(n_rows * n_blocks + 1, device=device))
+
+    weight_from = [2 / n_rows * sum(step.weights[p:]) for p in range(n_blocks)]
+    weight_from = torch.tensor(weight_from).to(device, non_blocking=True)
+    K = torch.minimum(weight_from, weight_from[:, None]).to(x.dtype)
+
+    # On a CPU some rows at a time: 16 MiB of memory are used again, more would be fresh: slow.
+    n_part = max(1, 8 * CACHED // (n_blocks * d_model)) if device.type == "cpu" else n_rows
+    d_values = torch.empty_like(values)
+    entry = 0
+    for first_row in range(0, n_rows, n_part):
+        rows = slice(first_row, first_row + n_part)
+        bags = starts[first_row * n_blocks : (first_row + n_part) * n_blocks + 1]
+        is_last = first_row + n_part >= n_rows
+        end = len(values) if is_last else int(bags[-1])
+        entries = slice(entry, end)
+        with torch.enable_grad():
+            leaf = values[entries].detach().requires_grad_()
+            decoded = weighted_row_sums(leaf, latent[entries], bags - entry, W_dec.detach())
+        R = decoded.detach().view_as(G[rows])
+        R[:, 0] -= x[rows]
+        torch.matmul(K, R, out=G[rows])
+        # autograd has <G_j, W_dec[latent]>, entry by entry, as the gradient of the sums
+        d_values[entries] = torch.autograd.grad(decoded, leaf, G[rows].flatten(0, 1))[0]
+        entry = end
+    d_values *= values > 0
+    loss = (values @ d_values - torch.linalg.vecdot(G[:, 0], x).sum()) / 2
+    return loss, d_values, latent, row_block
+
+
+def aux_gradients(
+    x: Tensor, residual: Tensor, dead: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """``aux_loss`` and B times its gradients for the dead latents' part of W_enc, b_enc and W_dec.
+
+    On copies of their rows: through the whole matrices, autograd would fill as large ones with
+    zeros. Times B, as float16 would lose the gradients of a mean."""
+    parts = (W_enc.index_select(1, dead), b_enc.index_select(0, dead), W_dec.index_select(0, dead))
+    with torch.enable_grad():
+        leaves = [part.detach().requires_grad_() for part in parts]
+        loss = aux_loss(x, residual, *leaves)
+        grads = torch.autograd.grad(len(x) * loss, leaves)
+    return loss.detach(), grads
+
+
+def sums_by_latent(
+    out: Tensor, values: Tensor, index: Tensor, starts: Tensor, rows: Tensor, blocked: bool
+) -> None:
+    """``weighted_row_sums`` of the entries of each latent into ``out`` (F, D).
+
+    ``blocked``: in parts that stay in a CPU's cache, the sums and where they go (hence / 2). Else
+    at once; as one thread of a GPU walks a whole sum, in two stages, the first of at most 64 terms
+    each."""
+    if blocked:
+        size = max(1, CACHED // 2 // out.shape[1])
+        for first in range(0, len(out), size):
+            bags = starts[first : first + size + 1]
+            entries = slice(int(bags[0]), int(bags[-1]))
+            sums = weighted_row_sums(values[entries], index[entries], bags - bags[0], rows)
+            out[first : first + size] = sums
+        return
+    every_64 = torch.arange(0, len(index), 64, device=out.device)
+    cuts = torch.cat([starts, every_64]).sort().values
+    partial_sums = weighted_row_sums(values, index, cuts, rows)
+    numbers = torch.arange(len(cuts) - 1, device=out.device)
+    out.copy_(weighted_row_sums(None, numbers, torch.searchsorted(cuts, starts), partial_sums))
+
+
+# ---------------------------------------------------------------------------------------------
+# 4. Settings and trainer: a step, its schedules, and what is kept between steps
+# ---------------------------------------------------------------------------------------------
+
+LARGEST = 2**63 - 1  # what torch takes for a whole number
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """All settings of a run, which with its rows fix the weights. ``ValueError`` names what is wrong."""
+    """All settings of a run; with its rows they fix the weights. ``ValueError`` names bad ones."""
 
     n_latents: int
     k: float = 30.0  # active latents per row, on average; need not be whole
-    prefixes: tuple | None = None  # lengths up to n_latents, or fractions up to 1; None: doubling from 1/16
+    prefixes: tuple | None = None  # lengths, or fractions; None: 1/16, 1/8, 1/4, 1/2, 1
     n_prefixes: int | None = None  # instead: sample this many at every step (Pareto)
     pareto_power: float = 0.5  # towards 0 favours short prefixes, 1 is uniform
     level_weights: tuple | None = None  # w_p, scaled to sum 1; None: all equal
@@ -199,7 +568,7 @@ class TrainConfig:
     steps: int = 10_000
     lr: float | None = None  # Adam's peak rate; None: by n_latents, batch_size and steps
     betas: tuple = (0.9, 0.999)
-    warmup_steps: int | None = None  # of linear rise from 0; None: a tenth of the steps, at most 1000
+    warmup_steps: int | None = None  # of linear rise; None: a tenth of the steps, at most 1000
     decay_fraction: float = 0.2  # of the steps, at the end, of linear fall to 0
     k_start: float | None = None  # at step 0, moving linearly to k over k_anneal_steps; None: k
     k_anneal_steps: int = 0  # at least 1 with k_start
@@ -209,660 +578,886 @@ class TrainConfig:
     dead_after: int = 200_000  # rows without firing that make a latent dead
     clip: float = 1.0  # largest norm of the whole gradient
     max_norm: float = 10.0  # rows further from the median one, in median distances, are left out
-    dtype: str | None = None  # of the products: float32, bfloat16, float16; None: bfloat16 on CUDA
+    dtype: str | None = None  # of the products: float32, bfloat16, float16; None: by device
     seed: int = 0
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            name, value = field.name, getattr(self, field.name)
-            if isinstance(value, (list, np.generic)):  # of JSON, of numpy
-                value = tuple(value) if isinstance(value, list) else value.item()
-                object.__setattr__(self, name, value)
-            kind = field.type | int if isinstance(0.5, field.type) else field.type
-            rule = f"{name} must be {getattr(kind, '__name__', kind)}"
-            _require(isinstance(value, kind), rule, repr(value))
-            numbers, least = value if isinstance(value, tuple) else (value,), LEAST.get(name, 0)
-            sound = all(type(n) in (int, float) and least <= n < 2**63 for n in numbers)
-            _require(sound or isinstance(value, str | None), f"{rule} in [{least}, 2^63)", repr(value))
+            value = getattr(self, field.name)
+            if isinstance(value, list):  # of JSON
+                object.__setattr__(self, field.name, tuple(value))
+            elif isinstance(value, np.generic):
+                object.__setattr__(self, field.name, value.item())
+        n_latents = self.n_latents
+        for name in ("n_latents", "batch_size", "steps", "dead_after"):
+            self._check(name, 1, whole=True)
+        self._check("seed", 0, whole=True)
+        self._check("k", 0, n_latents)
+        self._check("k_start", 1e-12, n_latents)
+        self._check("k_anneal_steps", 0 if self.k_start is None else 1, whole=True)
+        least_k = min(self.k, self.k_at(0))
+        n_kept = round(least_k * self.batch_size)
+        require(n_kept >= 1, "k must keep at least one entry of a batch", least_k)
+        self._check("n_latents_start", n_latents, whole=True)
+        self._check("prune_window", 0, 1, length=2)
+        begin, end = self.prune_window
+        require(begin < end, "prune_window must rise", self.prune_window)
         if self.lr is None:  # sweeps: README
-            rate = 0.0165 * (self.batch_size / self.steps) ** 0.25 / self.n_latents ** (1 / 6)
+            rate = 0.0165 * (self.batch_size / self.steps) ** 0.25 / n_latents ** (1 / 6)
             object.__setattr__(self, "lr", min(0.01, rate))
-        F, window = self.n_latents, self.prune_window
-        n_prefixes, weights = self.n_prefixes or len(self.prefix_lengths()), self.weights()
-        for name, most in dict(k=F, k_start=F, n_prefixes=F, pareto_power=1, decay_fraction=1).items():
-            _require((value := getattr(self, name) or 0) <= most, f"{name} must be at most {most}", value)
-        for name, ok, rule in (
-            ("k", round(min(self.k, self.k_start or F) * self.batch_size) >= 1, "keep an entry of a batch"),
-            ("k_anneal_steps", self.k_anneal_steps > 0 or not self.k_start, "be at least 1 with k_start"),
-            ("n_prefixes", not self.n_prefixes or self.prefixes is None, "not be given with prefixes"),
-            ("level_weights", len(weights) == n_prefixes and any(weights), "be one a prefix, not all 0"),
-            ("order", self.order in ("stored", "energy"), 'be "stored" or "energy"'),
-            ("betas", len(self.betas) == 2 and max(self.betas) < 1, "be two below 1"),
-            ("n_latents_start", (self.n_latents_start or F) >= F, f"be at least n_latents={F}"),
-            ("prune_window", len(window) == 2 and window[0] < window[1] <= 1, "be two fractions a < b"),
-            ("dtype", self.dtype in (None, "float32", "bfloat16", "float16"), "be (b)float16 or float32"),
-        ):
-            _require(ok, f"{name} must {rule}", getattr(self, name))
+        self._check("lr", 1e-12)
+        self._check("betas", 0, 1 - 1e-9, length=2)
+        self._check("warmup_steps", 0, whole=True)
+        self._check("decay_fraction", 0, 1)
+        self._check("aux_coef", 0)
+        self._check("clip", 1e-12)
+        self._check("max_norm", 1)
+        dtypes = (None, "float32", "bfloat16", "float16")
+        require(self.dtype in dtypes, f"dtype must be one of {dtypes}", repr(self.dtype))
+        orders = ("stored", "energy")
+        require(self.order in orders, f"order must be one of {orders}", repr(self.order))
+        self._check("prefixes", 0, length=None)
+        self._check("n_prefixes", 2, n_latents, whole=True)
+        if self.n_prefixes is not None:
+            require(self.prefixes is None, "n_prefixes must not come with prefixes", self.prefixes)
+        self._check("pareto_power", 1e-9, 1)
+        self._check("level_weights", 0, length=self.n_levels())
+        if self.level_weights is not None:
+            require(any(self.level_weights), "level_weights must not be", self.level_weights)
 
-    def vanilla(self):
+    def _check(self, name: str, low: float, high: float = LARGEST, whole=False, length=0):
+        """A setting is a number in [low, high], a tuple of such where it has a length (None: any),
+        or None where that is the default."""
+        value = getattr(self, name)
+        if value is None and type(self).__dataclass_fields__[name].default is None:
+            return
+        numbers = (value,)
+        if length != 0:
+            require(isinstance(value, tuple), f"{name} must be a list of numbers", repr(value))
+            require(length in (None, len(value)), f"{name} must be {length} numbers", value)
+            numbers = value
+        kind = int if whole else int | float
+        rule = f"{name} must be a {'whole ' * whole}number in [{low}, {high}]"
+        for number in numbers:
+            require(isinstance(number, kind), rule, repr(value))
+            require(not isinstance(number, bool), rule, value)
+            require(low <= number <= high, rule, value)
+
+    def vanilla(self) -> "TrainConfig":
         """The plain BatchTopK twin: one prefix, of all latents; everything else equal."""
-        return dataclasses.replace(self, prefixes=(self.n_latents,), n_prefixes=None, level_weights=None)
+        one_level = {"prefixes": (self.n_latents,), "n_prefixes": None, "level_weights": None}
+        return dataclasses.replace(self, **one_level)
 
-    def prefix_lengths(self):
-        """Prefix lengths of the finished SAE: those of training, the default ones where they are sampled."""
+    def prefix_lengths(self) -> tuple[int, ...]:
+        """Prefix lengths of the finished SAE: those of training, the default ones where sampled."""
         return prefix_lengths(self.n_latents, self.prefixes)
 
-    def weights(self):
-        """Level weights ``w_p``, which sum to 1."""
-        given = self.level_weights or (1,) * (self.n_prefixes or len(self.prefix_lengths()))
-        return (np.array(given) / (sum(given) or 1)).tolist()
+    def n_levels(self) -> int:
+        """Prefixes at each step of training."""
+        return self.n_prefixes or len(self.prefix_lengths())
 
-    def lr_at(self, step):
-        """Learning rate of step number ``step`` (from 0): linear warm-up, constant, linear decay to 0."""
-        warmup = min(self.steps // 10, 1000) if self.warmup_steps is None else self.warmup_steps
+    def weights(self) -> tuple[float, ...]:
+        """Level weights ``w_p``, one a prefix, which sum to 1."""
+        given = self.level_weights or (1,) * self.n_levels()
+        return tuple(weight / sum(given) for weight in given)
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of step ``step`` (from 0): linear rise, constant, linear decay to 0."""
+        warmup = min(self.steps // 10, 1000)
+        if self.warmup_steps is not None:
+            warmup = self.warmup_steps
         rise = (step + 1) / warmup if step < warmup else 1.0
         fall = (self.steps - step) / max(self.decay_fraction * self.steps, 1.0)
         return self.lr * min(rise, fall, 1.0)
 
-    def k_at(self, step):
+    def k_at(self, step: int) -> float:
         """Active latents per row at step number ``step``."""
-        done = min(1.0, step / self.k_anneal_steps) if self.k_start else 1.0
-        return self.k if done == 1 else self.k_start + (self.k - self.k_start) * done
+        if self.k_start is None or step >= self.k_anneal_steps:
+            return self.k
+        return self.k_start + (self.k - self.k_start) * step / self.k_anneal_steps
 
-    def latents_at(self, step):
-        """Number of latents at step number ``step``, with the spare ones, which go up to 64 at a time."""
-        first, last = (fraction * self.steps for fraction in self.prune_window)
-        spare = (self.n_latents_start or self.n_latents) - self.n_latents
-        group = max(1, min(64, spare // 10))
-        left = math.ceil(spare / group * min(max((last - step) / (last - first), 0.0), 1.0))
-        return self.n_latents + min(spare, left * group)
+    def latents_at(self, step: int) -> int:
+        """Number of latents at step number ``step``, spare ones included.
+
+        They go in groups, as each time all weights are copied: ten groups, or more of at most
+        64."""
+        n_spare = (self.n_latents_start or self.n_latents) - self.n_latents
+        group = max(1, min(64, n_spare // 10))
+        begin, end = self.prune_window
+        share = (end * self.steps - step) / ((end - begin) * self.steps)
+        n_groups = math.ceil(n_spare / group * min(max(share, 0.0), 1.0))
+        return self.n_latents + min(n_spare, n_groups * group)
 
 
-# ------------------------------------------- 4. the trainer
-# One SAE in training: a step, and what is kept between steps.
-# Uses sections 1 to 3, ``rank_and_world`` of 6, and what gives the gradients of ``batch_loss`` fast, of 5.
+Loss = Callable[[MatryoshkaSAE, Tensor, Step], tuple[Tensor, Codes]]
 
 
 class Trainer:
-    """One SAE in training: ``step(x)`` is an optimizer step on raw rows (B, D), ``export()`` the SAE to keep.
-    ``trainer.sae`` sees ``x / scale``, a number or one a dimension, and starts with ``b_dec = mean / scale``:
-    a large mean would silence latents. The smallest entry that a batch keeps is its ``cut``;
-    ``sae.threshold``, by which rows are encoded alone, is the moving average of the cuts."""
+    """An SAE in training: ``step(x)`` takes an optimizer step, ``export()`` gives the SAE to keep.
 
-    def __init__(self, cfg, d_model, device="cpu", mean=0.0, scale=1.0):
-        self.cfg, self.device = cfg, torch.empty(0, device=device).device  # with its index
+    ``trainer.sae`` sees ``x / scale``, a number or one a dimension, and starts with ``b_dec = mean
+    / scale``, as a large mean would silence latents. ``loss``: ``fast_loss``, ``batch_loss``, or a
+    function of yours (sae, x, step) -> (scalar, ``Codes``). ``calibrate``: the exported threshold
+    keeps k latents a row; else it is that of ``trainer.sae``, 0 unless the loss moves it."""
+
+    def __init__(
+        self,
+        cfg: TrainConfig,
+        d_model: int,
+        device: Device = "cpu",
+        mean: Tensor | float = 0.0,
+        scale: Tensor | float = 1.0,
+        loss: Loss = fast_loss,
+        calibrate: bool = True,
+    ):
+        self.cfg = cfg
+        self.loss = loss
+        self.calibrate = calibrate
+        self.calibration_rows: Tensor | None = None  # raw (n, D), not trained on
+        self.device = torch.empty(0, device=device).device  # with its index
         self.scale = torch.as_tensor(scale).float().expand(d_model).to(self.device)
-        kind = self.device.type
-        old_gpu = kind == "cuda" and torch.cuda.get_device_capability(device)[0] < 8  # no bfloat16 units
-        self.dtype = cfg.dtype or ("float32" if kind != "cuda" else "float16" if old_gpu else "bfloat16")
-        low = self.dtype != "float32"
-        self.autocast = torch.autocast(kind, getattr(torch, self.dtype), enabled=low)
-        generator = torch.Generator().manual_seed(cfg.seed)
-        self.sae = MatryoshkaSAE(d_model, cfg.latents_at(0), None, generator).to(self.device, torch.float32)
-        self.sae.b_dec.data += torch.as_tensor(mean).float().to(self.device) / self.scale
-        eps = 1.5e-5 * cfg.k / cfg.n_latents  # near a rare latent's gradient: below it Adam takes full steps
-        betas, fused = tuple(map(float, cfg.betas)), kind in ("cpu", "cuda")
-        self.optimizer = torch.optim.Adam(self.sae.parameters(), 0.0, betas, eps, fused=fused)
-        self.in_blocks = kind == "cpu" and not low  # that stay in the cache; else whole matrices at once
-        self.buffer = self.sae.b_enc.new_empty(0)  # for the gradients, kept as fresh memory is slow
-        self.stop = False  # a wish to end the run; after a step of several processes, whether any has it
-        self.steps_done = 0
-        self.rows_silent = torch.zeros_like(self.sae.b_enc.data, dtype=torch.long)  # since each latent fired
-        self.energy = torch.zeros_like(self.sae.b_enc.data)                         # running mean of acts^2
-        self.cut = self.energy.new_zeros(())
+        self.dtype = cfg.dtype or default_dtype(self.device, loss)
 
-    def step(self, x):
-        """Take one optimizer step on raw rows ``x`` (B, D); return the loss, a scalar on the device."""
+        generator = torch.Generator().manual_seed(cfg.seed)
+        sae = MatryoshkaSAE(d_model, cfg.latents_at(0), None, generator)
+        self.sae = sae.to(self.device, torch.float32)
+        self.sae.b_dec.data += torch.as_tensor(mean).float().to(self.device) / self.scale
+        for name, _ in self.sae.named_parameters():
+            require(name in self.sae.latent_dims, "latent_dims needs an entry for", name)
+        # About a rare latent's gradient: a smaller eps would let Adam take full steps on noise.
+        eps = 1.5e-5 * cfg.k / cfg.n_latents
+        betas = tuple(float(beta) for beta in cfg.betas)
+        fused = self.device.type in ("cpu", "cuda")
+        self.optimizer = torch.optim.Adam(self.sae.parameters(), 0.0, betas, eps, fused=fused)
+
+        self.stop = False  # a wish to end the run; of several processes, whether any has it
+        self.steps_done = 0
+        self.energy = torch.zeros_like(self.sae.b_enc.data)  # running mean of acts^2
+        # rows since each latent fired
+        self.rows_silent = torch.zeros_like(self.energy, dtype=torch.long)
+        self.cut = self.energy.new_zeros(())  # smallest entry kept by the last step
+        self.dead = self.rows_silent[:0]  # latents that are silent for long
+        # Their number is a value to wait for on a GPU, so it is asked for rarely there.
+        self.steps_per_dead_list = 1 if self.device.type == "cpu" else 10
+        self.memory: dict[str, Tensor] = {}  # the last step's gradients, written over by the next
+
+    @classmethod
+    def on(
+        cls,
+        rows: "Rows",
+        cfg: TrainConfig,
+        device: Device = "cpu",
+        held_out: "Rows | None" = None,
+        loss: Loss = fast_loss,
+        calibrate: bool = True,
+    ) -> "Trainer":
+        """A trainer with mean and scale of a sample of ``rows``, calibrated on ``held_out`` rows.
+
+        The scale is the rms distance of the rows from their mean. Dimensions of more than 10 times
+        the median spread are scaled down to that, as they would hide all others. Without
+        ``held_out`` rows the sample calibrates; trained on, it lets a little less than k pass.
+        ``ValueError`` for rows that are all equal, or beyond 1e18."""
+        sample = rows.sample(cfg.seed)
+        mean = sample.mean(dim=0, dtype=torch.float64)
+        spread = (sample - mean).norm(dim=0) / len(sample) ** 0.5  # (D,)
+        distance = float(spread.norm())
+        least = max(1e-18, 1e-6 * float(mean.norm()))
+        rule = f"rows must differ, by an rms distance in ({least:.1g}, 1e18)"
+        require(least < distance < 1e18, rule, distance)
+        median = spread[spread > 0].median()
+        stretch = (spread / (10 * median)).clamp_min(1.0)
+        scale = stretch * (spread / stretch).norm()
+        trainer = cls(cfg, rows.d_model, device, mean, scale, loss, calibrate)
+        trainer.calibration_rows = sample if held_out is None else held_out.read()
+        return trainer
+
+    @torch.enable_grad()
+    def step(self, x: Tensor) -> Tensor:
+        """Take one optimizer step on raw rows ``x`` (B, D); return the loss, on the device."""
         x = x.to(self.device, torch.float32, non_blocking=True) / self.scale
-        x -= self.sae.b_dec.detach()
-        dead = self.rows_silent >= self.cfg.dead_after
-        n_dead = dead.sum().to("cpu", non_blocking=True)  # a GPU has told when it starts with the gradients
-        told = self.device.type == "cuda" and torch.cuda.current_stream(self.device).record_event()
-        values, index, loss = self.gradients(x)
-        if told:
-            told.synchronize()
-        loss = self.observe(values, index, loss + self.revive(x, values, index, dead, int(n_dead)), len(x))
-        self.optimize()
+        self.recycle_gradients()
+        with autocast(self.device, self.dtype):
+            loss, codes = self.loss(self.sae, x, self.next_step(len(x)))
+        loss.backward()
+        loss = self.observe(loss.detach(), codes, len(x))
+        self.update_weights()
         self.steps_done += 1
-        n, by_energy = self.cfg.latents_at(self.steps_done), self.cfg.order == "energy"
-        if n < len(self.energy) or by_energy and self.steps_done % 5 == 0:
-            self.rearrange(n)
+        self.prune_and_sort()
+        if self.steps_done % self.steps_per_dead_list == 0:
+            self.find_dead()
         return loss
 
-    @torch.no_grad()
-    def gradients(self, x):
-        """Write those of ``batch_loss`` on ``x`` (B, D), here and below without ``b_dec``; return the entries
-        kept (n,), their row-major positions, and the loss."""
-        sae, n, prefixes = self.sae, self.n_kept(len(x)), self.step_prefixes()
-        with self.autocast:
-            select = sparse_topk if self.in_blocks else full_topk
-            values, index = select(x, sae.W_enc, sae.b_enc, n, self.cut)
-        G = self.buffer.resize_(len(x), len(prefixes), x.shape[1])
-        loss, *entries = sparse_loss(x, values, index, prefixes, self.cfg.weights(), sae.W_dec, G)
-        write_gradients(sae, x, values, *entries, G, self.in_blocks)
-        return values, index, loss
+    def recycle_gradients(self):
+        for name, parameter in self.sae.named_parameters():
+            if parameter.grad is not None:
+                self.memory[name] = parameter.grad
+                parameter.grad = None
 
-    def revive(self, x, values, index, dead, n_dead):
-        """Add the gradients of AuxK on the latents that are ``dead``; return its part of the loss."""
-        if n_dead == 0 or self.cfg.aux_coef == 0:
-            return 0.0
-        sae, dead = self.sae, torch.nonzero_static(dead, size=n_dead).squeeze(1)
-        starts = torch.searchsorted(index // len(sae.b_enc), torch.arange(len(x) + 1, device=index.device))
-        residual = x - weighted_row_sums(values, index % len(sae.b_enc), starts, sae.W_dec.detach())
-        places = (sae.W_enc, 1), (sae.b_enc, 0), (sae.W_dec, 0)
-        # copies of their rows: through the whole matrices, autograd would fill as large ones with zeros
-        leaves = [weight.detach().index_select(dim, dead).requires_grad_() for weight, dim in places]
-        with self.autocast:
-            loss = aux_loss(x, residual, *leaves)
-        grads = torch.autograd.grad(len(x) * loss, leaves)  # times B: float16 would lose those of the mean
-        for (weight, dim), grad in zip(places, grads):
-            weight.grad.index_add_(dim, dead, grad, alpha=self.cfg.aux_coef / len(x))
-        return self.cfg.aux_coef * loss.detach()
-
-    def n_kept(self, rows):
-        return max(1, round(self.cfg.k_at(self.steps_done) * rows))
-
-    def step_prefixes(self):
-        """This step's prefix lengths, fixed or freshly drawn. The last takes in the spare latents."""
-        cfg, lengths = self.cfg, self.cfg.prefix_lengths()
-        if cfg.n_prefixes is not None:  # by the step's number, so that a resumed run draws the same
+    def next_step(self, n_rows: int) -> Step:
+        """What the next step, on ``n_rows`` rows, asks of its loss."""
+        cfg = self.cfg
+        lengths = cfg.prefix_lengths()
+        if cfg.n_prefixes is not None:
+            # seeded by the step's number, so that a resumed run draws the same
             seed = np.random.SeedSequence((cfg.seed, self.steps_done)).generate_state(1)[0]
             generator = torch.Generator().manual_seed(int(seed))
             lengths = sample_prefixes(cfg.n_latents, cfg.n_prefixes, cfg.pareto_power, generator)
-        return (*lengths[:-1], len(self.energy))
+        return Step(
+            number=self.steps_done,
+            n_kept=max(1, round(cfg.k_at(self.steps_done) * n_rows)),
+            prefixes=(*lengths[:-1], len(self.energy)),  # the last takes in the spare latents
+            weights=cfg.weights(),
+            dead=self.dead,
+            aux_coef=cfg.aux_coef,
+            cut=self.cut,
+            memory=self.memory,
+        )
 
     @torch.no_grad()
-    def observe(self, values, index, loss, rows):
-        """Update cut, threshold, silent rows and energy; return the loss. Processes average gradients too."""
-        F, world = len(self.energy), rank_and_world()[1]
-        per_latent = self.energy.new_zeros(2, F)  # share of active rows, mean square
-        entries = torch.stack([(values > 0).float(), values.square()])
-        per_latent.index_add_(1, index % F, entries).div_(rows)
-        others = torch.stack([values.min(), loss, torch.full_like(loss, self.stop)])
-        seen = torch.cat([per_latent.flatten(), others])
+    def observe(self, loss: Tensor, codes: Codes, n_rows: int) -> Tensor:
+        """Update cut, silent rows and energy from what a batch kept; return the loss.
+
+        Several processes average these, and the gradients."""
+        latent = codes.index % len(self.energy)
+        values = codes.values.float()
+        is_on = (values > 0).float()
+        seen = {
+            "active": torch.zeros_like(self.energy).index_add_(0, latent, is_on) / n_rows,
+            "energy": torch.zeros_like(self.energy).index_add_(0, latent, values.square()) / n_rows,
+            "cut": values.min() if len(values) > 0 else self.cut,
+            "loss": loss,
+            "stop": torch.full_like(loss, self.stop),
+        }
+        _, world = rank_and_world()
         if world > 1:
-            for tensor in (seen, *(parameter.grad for parameter in self.sae.parameters())):
+            for tensor in (*seen.values(), *self.gradients()):
                 distributed.all_reduce(tensor)
                 tensor /= world
-            self.stop = bool(seen[-1] > 0)
-        first, (active, energy), self.cut = self.steps_done == 0, seen[:-3].view(2, -1), seen[-3]
-        self.sae.threshold.lerp_(self.cut, 1.0 if first else 0.01)  # a mean of about 100 steps: L0 is steady
-        self.rows_silent.add_(rows * world).masked_fill_(active > 0, 0)
-        self.energy.lerp_(energy, 1.0 if first else 0.05)  # of about 20: the order is fresh
-        return seen[-2]
+            self.stop = bool(seen["stop"] > 0)
+        self.cut = seen["cut"]
+        self.rows_silent.add_(n_rows * world).masked_fill_(seen["active"] > 0, 0)
+        # a mean of about 20 steps: steady, and still fresh enough to sort by
+        self.energy.lerp_(seen["energy"], 1.0 if self.steps_done == 0 else 0.05)
+        return seen["loss"]
+
+    def gradients(self) -> list[Tensor]:
+        return [each.grad for each in self.sae.parameters() if each.grad is not None]
 
     @torch.no_grad()
-    def optimize(self):
-        """Clip, Adam; decoder rows lose the gradient along themselves before and are unit again after."""
-        W_dec, parameters = self.sae.W_dec, list(self.sae.parameters())
-        size = max(1, CACHED // W_dec.shape[1]) if self.in_blocks else len(W_dec)
-        for grad, w in zip(W_dec.grad.split(size), W_dec.split(size)):
-            grad.addcmul_((grad * w).sum(dim=1, keepdim=True), w, value=-1)
-        norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters])
-        if self.device.type != "cpu" or norm > self.cfg.clip:  # a pass over all gradients, saved on the CPU
-            nn.utils.clip_grads_with_norm_(parameters, self.cfg.clip, norm)
+    def update_weights(self):
+        """Clip, Adam. Decoder rows lose the gradient along themselves, and are unit again after."""
+        W_dec = self.sae.W_dec
+        n_part = max(1, CACHED // W_dec.shape[1]) if self.device.type == "cpu" else len(W_dec)
+        for grad, rows in zip(W_dec.grad.split(n_part), W_dec.split(n_part), strict=True):
+            along = (grad * rows).sum(dim=1, keepdim=True)
+            grad.addcmul_(along, rows, value=-1)
+        norm = nn.utils.get_total_norm(self.gradients())
+        # a pass over all gradients, saved where it changes nothing; a GPU would wait to know
+        if self.device.type != "cpu" or norm > self.cfg.clip:
+            nn.utils.clip_grads_with_norm_(self.sae.parameters(), self.cfg.clip, norm)
         self.optimizer.param_groups[0]["lr"] = self.cfg.lr_at(self.steps_done)
         self.optimizer.step()
         W_dec /= W_dec.norm(dim=1, keepdim=True)
 
+    def prune_and_sort(self):
+        """Let spare latents go when it is time; in order "energy" sort, every 5 steps, as Adam has
+        to move its moments each time."""
+        n_latents = self.cfg.latents_at(self.steps_done)
+        by_energy = self.cfg.order == "energy"
+        if n_latents < len(self.energy) or (by_energy and self.steps_done % 5 == 0):
+            self.keep_latents(n_latents)
+            self.find_dead()
+
+    def find_dead(self):
+        is_dead = self.rows_silent >= self.cfg.dead_after
+        self.dead = is_dead.nonzero().squeeze(1)
+
     @torch.no_grad()
-    def rearrange(self, n):
-        """Keep the ``n`` most energetic latents, with their optimizer state, in the order of the config."""
-        keep, sae = self.energy.argsort(descending=True, stable=True)[:n], self.sae
-        keep = keep.sort().values if self.cfg.order == "stored" else keep
-        self.rows_silent, self.energy = self.rows_silent[keep], self.energy[keep]
-        sae.threshold = sae.threshold[:n]
-        for parameter, dim in ((sae.W_enc, 1), (sae.b_enc, 0), (sae.W_dec, 0)):
-            moments, parameter.grad = self.optimizer.state[parameter], None
+    def keep_latents(self, n_latents: int):
+        """Keep the most energetic latents, with optimizer state, in the order of the config."""
+        keep = self.energy.argsort(descending=True, stable=True)[:n_latents]
+        if self.cfg.order == "stored":
+            keep = keep.sort().values
+        self.rows_silent = self.rows_silent[keep]
+        self.energy = self.energy[keep]
+        self.sae.threshold = self.sae.threshold[keep]
+        for name, parameter in self.sae.named_parameters():
+            dim = self.sae.latent_dims[name]
+            if dim is None:
+                continue
             parameter.data = parameter.data.index_select(dim, keep)
-            for name in ("exp_avg", "exp_avg_sq") if moments else ():
-                moments[name] = moments[name].index_select(dim, keep)
+            state = self.optimizer.state[parameter]
+            for moment in ("exp_avg", "exp_avg_sq"):
+                if moment in state:
+                    state[moment] = state[moment].index_select(dim, keep)
 
     @torch.no_grad()
-    def measure(self, x):
-        """{"fvu", "l0", "dead", "threshold"} on raw ``x``, by its own largest entries, with spare latents."""
-        x = x.to(self.device, torch.float32) / self.scale
-        pre, dead = self.sae.pre_acts(x), self.rows_silent >= self.cfg.dead_after
-        acts = pre * (pre >= batch_topk(pre, self.n_kept(len(x)))[0].min())
-        middle = x.mean(dim=0) if len(x) > 1 else self.sae.b_dec
-        error, total = (x - self.sae.decode(acts)).pow(2).sum(), (x - middle).pow(2).sum()
-        return {"fvu": float(error / total), "l0": float((acts > 0).sum() / len(x)),
-                "dead": float(dead.float().mean()), "threshold": float(self.sae.threshold[0])}
+    def measure(self, x: Tensor) -> dict[str, float]:
+        """{"fvu", "l0", "dead", "cut"} on raw rows ``x``, by the entries above the cut.
+
+        FVU as in ``evaluate``, spare latents included; ``dead`` is the share of latents that were
+        silent for ``dead_after`` rows of training."""
+        x = x.to(self.device, torch.float32)
+        pre = self.sae.pre_acts(x / self.scale)
+        acts = pre * (pre >= self.cut)
+        errors = ErrorSums(self.sae.b_dec * self.scale, 1)
+        errors.add(x, [self.sae.decode(acts) * self.scale])
+        is_dead = self.rows_silent >= self.cfg.dead_after
+        return {
+            "fvu": errors.fvu(0),
+            "l0": float((acts > 0).sum() / len(x)),
+            "dead": float(is_dead.float().mean()),
+            "cut": float(self.cut),
+        }
 
     @torch.no_grad()
-    def export(self):
-        """A copy for raw rows: scale folded in, latents in prefix order, spare ones left out."""
+    def export(self) -> MatryoshkaSAE:
+        """A copy for raw rows: scale folded in, in prefix order, no spare latents, calibrated.
+
+        ``ValueError`` where training has diverged."""
         keep = self.energy.topk(self.cfg.n_latents).indices.sort().values
-        W_enc, b_enc, W_dec, b_dec = self.sae.parameters()
-        W_enc, W_dec = W_enc[:, keep] / self.scale[:, None], W_dec[keep] * self.scale
-        length = W_dec.norm(dim=1)  # goes over into the codes
-        sae = MatryoshkaSAE(len(b_dec), len(keep), self.cfg.prefix_lengths(), torch.Generator())
-        sae.load_state_dict({"W_enc": W_enc * length, "b_enc": b_enc[keep] * length,
-                             "W_dec": W_dec / length[:, None], "b_dec": b_dec * self.scale,
-                             "threshold": self.sae.threshold[keep] * length})
+        tensors = {}
+        for name, tensor in self.sae.state_dict().items():
+            dim = self.sae.latent_dims[name]
+            tensors[name] = tensor if dim is None else tensor.index_select(dim, keep)
+        if self.calibrate:
+            tensors["threshold"] = self.cut.expand(len(keep))
+        d_model = len(self.scale)
+        sae = MatryoshkaSAE(d_model, len(keep), self.cfg.prefix_lengths(), torch.Generator())
+        sae = sae.to(self.device)
+        sae.load_state_dict(tensors)
+        sae.fold_scale(self.scale)
         sae.metadata = {"k": self.cfg.k, "training": dataclasses.asdict(self.cfg)}
-        sound = sae.W_dec.any(dim=1).all() and all(tensor.isfinite().all() for tensor in sae.parameters())
-        _require(sound, f"diverged by step {self.steps_done}, lower lr: weights must be finite", "NaN or 0")
-        return sae.to(self.device)
+        rule = f"diverged by step {self.steps_done}, lower lr: weights must be finite"
+        for tensor in sae.parameters():
+            require(tensor.isfinite().all(), rule, "NaN or infinity")
+        require(sae.W_dec.any(dim=1).all(), rule, "decoder rows of 0")
+        if self.calibrate and self.calibration_rows is not None and self.steps_done > 0:
+            calibrate(sae, self.calibration_rows, self.cfg.k)
+        return sae
 
-    def state_dict(self):
-        """All that the next steps depend on beside the config and the rows."""
-        values = {name: getattr(self, name) for name in ("steps_done", "rows_silent", "energy", "cut")}
-        return values | {name: getattr(self, name).state_dict() for name in ("sae", "optimizer")}
+    saved = ("steps_done", "rows_silent", "energy", "cut")
 
-    def load_state_dict(self, state):
-        """Go on from ``state``, of a trainer with the same config and rows: bit for bit on the CPU."""
-        self.rearrange(len(state["energy"]))
+    def state_dict(self) -> dict:
+        """All that the next steps depend on beside the config, the loss and the rows."""
+        state = {name: getattr(self, name) for name in self.saved}
+        state["sae"] = self.sae.state_dict()
+        state["optimizer"] = self.optimizer.state_dict()
+        return state
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on from ``state``, of the same config and rows: bit for bit on the CPU."""
+        self.keep_latents(len(state["energy"]))
         self.sae.load_state_dict(state["sae"])
         self.optimizer.load_state_dict(state["optimizer"])
-        for name in ("steps_done", "rows_silent", "energy", "cut"):
+        for name in self.saved:
             setattr(self, name, state[name])
+        self.find_dead()
+
+
+def default_dtype(device: torch.device, loss: Loss) -> str:
+    """bfloat16 on a GPU that has it. On older ones float16, but only for ``fast_loss``, whose
+    gradients are float32: those of another loss would vanish in float16."""
+    if device.type != "cuda":
+        return "float32"
+    if torch.cuda.get_device_capability(device)[0] >= 8:
+        return "bfloat16"
+    return "float16" if loss is fast_loss else "float32"
+
+
+def rank_and_world() -> tuple[int, int]:
+    """(number of this process, number of processes) under torch.distributed; (0, 1) alone."""
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank(), distributed.get_world_size()
+    return 0, 1
 
 
 @torch.no_grad()
-def calibrate(sae, rows, k, batch_size=2048):
-    """Scale the threshold to a mean L0 of ``k`` on raw ``rows`` (n, D), to 0 where fewer are positive."""
-    old = sae.threshold if sae.threshold.all() else torch.ones_like(sae.threshold)
-    largest = old.new_zeros(1)  # of the ratios to the old one, as many as are to pass and one more
+def calibrate(sae: MatryoshkaSAE, rows: Tensor, k: float, batch_size: int = 2048) -> None:
+    """Scale the threshold to a mean L0 of ``k`` on raw ``rows`` (n, D), or as near as it gets.
+
+    The factor is the (k n + 1)-th largest ratio of an entry to its threshold; entries are compared
+    with ``>``, so it lets k n pass."""
+    threshold = sae.threshold
+    if not threshold.all():
+        threshold = torch.ones_like(threshold)
+    n_largest = round(k * len(rows)) + 1
+    largest = threshold.new_zeros(1)
     for x in rows.split(batch_size):
-        ratios = sae.pre_acts(x.to(old.device)) / old
+        ratios = sae.pre_acts(x.to(threshold.device)) / threshold
         largest = torch.cat([largest, ratios[ratios > largest.min()]])
-        largest = largest.topk(min(round(k * len(rows)) + 1, len(largest))).values
-    sae.threshold = old * largest[-1]
+        largest = largest.topk(min(n_largest, len(largest))).values
+    sae.threshold = threshold * largest[-1]
 
 
-# ------------------------------------ 5. the gradients, fast
-# Only k / F of the entries survive: each product but the encoder's becomes a sum over them, in float32, so
-# that float16 needs no loss scale. Uses torch and numpy alone.
+# ---------------------------------------------------------------------------------------------
+# 5. Rows: activations of any number, read in random order
+# ---------------------------------------------------------------------------------------------
 
-CACHED = 1 << 19  # numbers that stay in a core's cache until their next use: 2 MiB of float32
-
-
-def full_topk(x, W_enc, b_enc, n, cut=None):
-    """``batch_topk`` of ``relu(x @ W_enc + b_enc)``, as float32. Its shapes are known: no wait for a GPU."""
-    values, index = batch_topk(torch.addmm(b_enc, x, W_enc), n)
-    return values.float().clamp_min(0), index
+# Rows that follow each other and are read, and set aside, together: at most so many, and bytes.
+BLOCK = 256
+BLOCK_BYTES = 2**19
+SAMPLE = 2**14  # rows that are enough to know scale, limit and threshold
+POOL_BYTES = 2**30  # rows whose order is mixed; two such pools are held
 
 
-def sparse_topk(x, W_enc, b_enc, n, cut):
-    """The same on a CPU, faster where the ``cut``, the smallest of them, is about that of the last step. The
-    one dense product of a step is made a few latents at a time: their block is searched in the cache."""
-    (B, _), F, parts = x.shape, len(b_enc), []
-    width = max(1, 4 * CACHED // B)  # 4: each number is read once only
-    for start in range(0, F if cut > 0 else 0, width):
-        end = min(start + width, F)
-        pre = torch.addmm(b_enc[start:end], x, W_enc[:, start:end])
-        above = np.flatnonzero((pre > 0.9 * cut).numpy())  # 3 ms for 6 million numbers, torch 14
-        row, latent = np.divmod(above, end - start)
-        parts.append((pre.numpy().ravel()[above], row * F + latent + start))
-    if sum(len(values) for values, _ in parts) < n:  # it fell by more than a tenth, or few are positive
-        return full_topk(x, W_enc, b_enc, n)
-    values, index = map(np.concatenate, zip(*parts))
-    keep = np.argpartition(values, -n)[-n:]
-    index, order = torch.from_numpy(index[keep]).sort()
-    return torch.from_numpy(values[keep])[order], index
+class Part(NamedTuple):
+    """Rows of one file or array. A file is open only while it is read: a map dies with its file."""
+
+    name: str
+    dtype: np.dtype
+    n_rows: int
+    d_model: int
+    array: np.ndarray | None  # None: in the file of that name, from this byte on
+    offset: int = 0
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        if self.array is not None:
+            return self.array[start:stop]
+        n_numbers = (stop - start) * self.d_model
+        offset = self.offset + start * self.d_model * self.dtype.itemsize
+        numbers = np.fromfile(self.name, self.dtype, n_numbers, offset=offset)
+        rule = f"{self.name} must not shrink while read, row"
+        require(len(numbers) == n_numbers, rule, stop)
+        return numbers.reshape(-1, self.d_model)
 
 
-def sparse_loss(x, values, index, prefixes, weights, W_dec, G):
-    """``nested_loss`` of sparse codes and gradients in closed form: (loss, d_values (n,), latent (n,),
-    row_block (n,)), into ``G`` (B, P, D) the others. In row ``b`` the block of latents that ends with prefix
-    ``p`` has the ``values`` with ``row_block = b P + p``, which decode to ``R_p``; ``R_1`` takes ``-x`` in,
-    without ``b_dec``. So prefix ``p`` leaves ``sum_{i <= p} R_i``, and the loss is a quadratic form:
-
-        L = 1/2 sum_b sum_ij K_ij <R_i, R_j>,  K_ij = 2/B sum_{p >= max(i, j)} w_p
-
-    Hence ``dL/dR = G = K R`` and ``d_values = <G_j, W_dec>``, by autograd of the sums that are ``R``."""
-    (B, P, D), F, device = G.shape, len(W_dec), x.device
-    prefixes, weight_from = (torch.tensor(numbers).to(device, non_blocking=True) for numbers in (
-        prefixes, [2 / B * sum(weights[p:]) for p in range(P)]))
-    K, latent = torch.minimum(weight_from, weight_from[:, None]).to(x.dtype), index % F
-    row_block = index // F * P + torch.bucketize(latent, prefixes, right=True)
-    starts = torch.searchsorted(row_block, torch.arange(B * P + 1, device=device))
-    # on a CPU a part at a time: 16 MiB of memory are used again, more would be fresh, which is slow
-    size = max(1, 8 * CACHED // (P * D)) if device.type == "cpu" else B
-    firsts = range(0, B * P, size * P)
-    cuts, d_values = [0, *(int(starts[first]) for first in firsts[1:]), len(values)], torch.empty_like(values)
-    for x_part, G_part, first, start, end in zip(x.split(size), G.split(size), firsts, cuts, cuts[1:]):
-        with torch.enable_grad():
-            leaf = values[start:end].detach().requires_grad_()
-            part = starts[first:first + size * P + 1] - start
-            decoded = weighted_row_sums(leaf, latent[start:end], part, W_dec.detach())
-        R = decoded.detach().view_as(G_part)
-        R[:, 0] -= x_part
-        torch.matmul(K, R, out=G_part)
-        d_values[start:end] = torch.autograd.grad(decoded, leaf, G_part.flatten(0, 1))[0]
-    d_values *= values > 0
-    loss = (values @ d_values - torch.linalg.vecdot(G[:, 0], x).sum()) / 2
-    return loss, d_values, latent, row_block
+def read_part(source: Any) -> Part:
+    """An array, a tensor or a ``.npy`` file as rows (n, D), checked but for its values."""
+    array = source
+    if isinstance(source, str | os.PathLike):
+        array = read_npy(source)
+    elif isinstance(source, Tensor):
+        with reading("the tensor", "one of rows"):  # a sparse one, one on the meta device
+            if source.dtype == torch.bfloat16:
+                source = source.float()
+            array = source.detach().cpu().numpy()
+    is_array = type(array) in (np.ndarray, np.memmap)
+    require(is_array, "rows must be an array, a tensor or a path", type(array))
+    name = str(getattr(array, "filename", "the array"))
+    rule = f"{name} must hold floats (rows, D) or (docs, positions, D)"
+    found = f"{array.dtype} {array.shape}"
+    require(array.dtype.str[1:] in ("f2", "f4", "f8"), rule, found)
+    require(array.ndim in (2, 3), rule, found)
+    require(array.size > 0, rule, found)
+    d_model = array.shape[-1]
+    n_rows = array.size // d_model
+    is_map = isinstance(array.base, mmap.mmap)  # of a whole file
+    if is_map and array.flags.c_contiguous and array.mode != "c":
+        return Part(name, array.dtype, n_rows, d_model, None, array.offset)
+    return Part(name, array.dtype, n_rows, d_model, np.asarray(array).reshape(n_rows, d_model))
 
 
-def weighted_row_sums(values, index, starts, rows):
-    """``sum_i values[i] * rows[index[i]]`` over ``starts[j] <= i < starts[j + 1]``, for each j, D wide."""
-    return nn.functional.embedding_bag(index, rows, starts[:-1], mode="sum", per_sample_weights=values)
+def read_npy(path: Path | str) -> np.ndarray:
+    """The array in a ``.npy`` file, memory-mapped; ``ValueError`` if damaged or of objects."""
+    with reading(path, "a .npy file of numbers"):
+        return np.lib.format.open_memmap(path, mode="r")
 
 
-def write_gradients(sae, x, values, d_values, latent, row_block, G, in_blocks):
-    """All gradients, into the parameters' ``grad``, whose memory is kept: sums over the active entries.
-    ``dW_dec = A_j.T @ G_j`` for the latents of block ``j``, ``dW_enc = x.T @ dA``, ``db_enc`` the column sums
-    of ``dA``, ``db_dec = sum_B G_1 - W_enc @ db_enc``."""
-    for parameter in sae.parameters():
-        if parameter.grad is None:
-            parameter.grad = torch.empty_like(parameter)
-    latents, order = latent.sort(stable=True)
-    starts = torch.searchsorted(latents, torch.arange(len(sae.W_dec) + 1, device=G.device))
-    sums_by_latent(sae.W_dec.grad, values[order], row_block[order], starts, G.flatten(0, 1), in_blocks)
-    sums_by_latent(sae.W_enc.grad.T, d_values[order], row_block[order] // G.shape[1], starts, x, in_blocks)
-    sae.b_enc.grad.zero_().index_add_(0, latent, d_values)
-    torch.sub(G[:, 0].sum(dim=0), sae.W_enc @ sae.b_enc.grad, out=sae.b_dec.grad)
+class Rows:
+    """Activation rows (n, D): an array, a tensor, a ``.npy`` file or a folder of them by name.
+
+    float16, float32 or float64, (rows, D) or (docs, positions, D). Files are read block by block,
+    so memory does not grow with them. ``ValueError`` for anything else, and for a row that is read
+    and not finite.
+
+    Rows further from the median row than ``max_norm`` times the median distance, by a sample, are
+    left out, unless over 5 % are: a few massive ones ruin an SAE. A warning says so. ``Rows(rows)``
+    is a copy, with the limit that it has."""
+
+    def __init__(self, source: Any, max_norm: float = 10.0):
+        if isinstance(source, Rows):
+            vars(self).update(vars(source))
+            return
+        require(max_norm >= 1, "max_norm must be at least 1", max_norm)
+        sources = [source]
+        if isinstance(source, str | os.PathLike) and os.path.isdir(source):
+            files = sorted(Path(source).glob("*.npy"))
+            sources = [file for file in files if not file.match("*.ids.npy")]  # of harvest
+            require(sources, f"{source} must be a folder of .npy files", "one without any")
+        self.parts = [read_part(each) for each in sources]
+        self.d_model = self.parts[0].d_model
+        for part in self.parts:
+            rule = f"{part.name} must be {self.d_model} wide"
+            require(part.d_model == self.d_model, rule, part.d_model)
+        is_half = all(part.dtype == np.float16 for part in self.parts)
+        self.dtype = np.dtype(np.float16 if is_half else np.float32)  # in memory
+        # number of the first row of each part, and of all rows
+        self.part_starts = np.cumsum([0, *(part.n_rows for part in self.parts)])
+        n_source = int(self.part_starts[-1])
+        row_bytes = self.d_model * self.dtype.itemsize
+        # at least 64 blocks, so that a share of few rows can be set aside too
+        self.block = min(BLOCK, max(1, BLOCK_BYTES // row_bytes), math.ceil(n_source / 64))
+        self.blocks = np.arange(math.ceil(n_source / self.block))
+        self.centre = torch.zeros(self.d_model, dtype=torch.float32)
+        self.radius = math.inf
+        self._leave_out(max_norm)
+
+    def _leave_out(self, max_norm: float):
+        """Set centre and radius of the rows that count, from a sample; warn of those beyond."""
+        sample = self.sample(seed=0)
+        centre = sample.median(dim=0).values
+        distances = (sample - centre).norm(dim=1)
+        median = float(distances.median())
+        if median == 0:  # most rows are the same
+            return
+        share = float((distances > max_norm * median).float().mean())
+        if share == 0:
+            what = "none"
+        elif share <= 0.05:
+            what = "left out (max_norm)"
+        else:
+            what = "too many to leave out"
+        if share <= 0.05:
+            self.centre = centre
+            self.radius = max_norm * median
+        if share > 0:
+            farthest = float(distances.max()) / median
+            warnings.warn(
+                f"{share:.2%} of {len(sample):,} sampled rows lie over {max_norm:g} times the "
+                f"median distance from the median row, up to {farthest:,.0f} times: {what}",
+                stacklevel=3,
+            )
+
+    def _bounds(self) -> tuple[np.ndarray, np.ndarray]:
+        """Number of the first row of each block, and of the one after its last."""
+        starts = self.blocks * self.block
+        return starts, np.minimum(starts + self.block, self.part_starts[-1])
+
+    def __len__(self) -> int:
+        starts, stops = self._bounds()
+        return int((stops - starts).sum())
+
+    def row_numbers(self) -> np.ndarray:
+        """Where in the whole source these rows lie: (n,), rising."""
+        starts, stops = self._bounds()
+        return np.concatenate([np.arange(a, b) for a, b in zip(starts, stops, strict=True)])
+
+    def keep(self, places: Sequence[int]) -> "Rows":
+        """The rows of the blocks at these places among its blocks, in order."""
+        chosen = Rows(self)
+        chosen.blocks = self.blocks[np.sort(np.asarray(places, dtype=int))]
+        return chosen
+
+    def split_off(self, fraction: float, seed: int = 0) -> tuple["Rows", "Rows"]:
+        """(The other rows, those set aside), at most 16,384. In random whole blocks, as neighbours
+        of a row tell much of it."""
+        order = np.random.default_rng(seed).permutation(len(self.blocks))
+        n_aside = min(max(2, round(fraction * len(order))), SAMPLE // self.block)
+        return self.keep(order[n_aside:]), self.keep(order[:n_aside])
+
+    def random_blocks(self, most: int, seed: int = 0) -> "Rows":
+        """Random whole blocks, of at most ``most`` rows, or one block."""
+        order = np.random.default_rng(seed).permutation(len(self.blocks))
+        return self.keep(order[: max(1, most // self.block)])
+
+    def sample(self, seed: int) -> Tensor:
+        """At most 16,384 rows of random blocks, without those left out: (n, D)."""
+        return self.random_blocks(SAMPLE, seed).read()
+
+    def successive(self, n_rows: int = 4096) -> Iterator["Rows"]:
+        """All rows once, in order, as ``Rows`` of about ``n_rows`` each."""
+        n_blocks = max(1, n_rows // self.block)
+        places = range(len(self.blocks))
+        return (self.keep(places[first : first + n_blocks]) for first in places[::n_blocks])
+
+    def read(self) -> Tensor:
+        """The rows in order, as one float32 tensor (n, D), without those left out."""
+        rows = self.read_all()
+        return rows[self.is_near(rows)].float()
+
+    def read_all(self, memory: np.ndarray | None = None) -> Tensor:
+        """All rows (n, D), into ``memory`` if given: float16 if all files are, else float32."""
+        if memory is None:
+            memory = np.empty((len(self), self.d_model), self.dtype)
+        end = 0
+        for start, stop in zip(*self._bounds(), strict=True):
+            for piece in self._read_range(int(start), int(stop)):
+                memory[end : end + len(piece)] = piece
+                end += len(piece)
+        return torch.from_numpy(memory[:end])
+
+    def _read_range(self, start: int, stop: int) -> Iterator[np.ndarray]:
+        """The rows from number ``start`` to ``stop``, a piece for each file with some of them."""
+        number = int(np.searchsorted(self.part_starts, start, side="right")) - 1
+        while start < stop:
+            first = int(self.part_starts[number])
+            end = min(stop, int(self.part_starts[number + 1]))
+            yield self.parts[number].read(start - first, end - first)
+            start = end
+            number += 1
+
+    def is_near(self, rows: Tensor) -> Tensor:
+        """Which of all its ``rows`` (n, D), on any device, are not left out: (n,).
+
+        ``ValueError`` names a row that is not finite."""
+        # parts that stay in a CPU's cache; on a GPU some for each launch
+        n_numbers = 2**16 if rows.device.type == "cpu" else 2**26
+        size = max(1, n_numbers // self.d_model)
+        centre = self.centre.to(rows.device)
+        distances = centre.new_empty(len(rows))
+        for part, out in zip(rows.split(size), distances.split(size), strict=True):
+            torch.linalg.vector_norm(part - centre, dim=1, out=out)
+        if not distances.isfinite().all():
+            self._require_finite(rows)
+        return distances <= self.radius
+
+    def _require_finite(self, rows: Tensor):
+        is_finite = rows.isfinite().all(dim=1)
+        if is_finite.all():  # large ones, of which only the squares are not
+            return
+        number = self.row_numbers()[int(is_finite.int().argmin())]
+        part = int(np.searchsorted(self.part_starts, number, side="right")) - 1
+        where = f"{self.parts[part].name}, row {number - self.part_starts[part]},"
+        require(False, f"{where} must be finite as float32", "NaN or infinity")
+
+    def batches(
+        self,
+        batch_size: int,
+        seed: int = 0,
+        start: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        device: Device = "cpu",
+    ) -> Iterator[Tensor]:
+        """Endless float32 batches (batch_size, D) from number ``start`` on, in seeded order.
+
+        Each row comes once an epoch. Blocks are permuted, and again the rows of each pool of
+        blocks, on the ``device``. A background thread reads the next pool. Of ``world`` processes,
+        ``rank`` reads every ``world``-th block."""
+        device = torch.device(device)
+        pools = self._pools(seed, start * batch_size, rank, world, device)
+        batch = torch.empty(0, self.d_model, device=device)
+        with ThreadPoolExecutor(1) as thread:
+            ahead = thread.submit(next, pools)
+            while True:
+                rows, order = ahead.result()
+                ahead = thread.submit(next, pools)
+                if device.type == "cuda":  # they were made on another stream
+                    rows.record_stream(torch.cuda.current_stream(device))
+                    order.record_stream(torch.cuda.current_stream(device))
+                ends = range(batch_size - len(batch), len(order), batch_size)
+                for chosen in order.tensor_split(list(ends)):
+                    new = rows.index_select(0, chosen).float()
+                    batch = torch.cat([batch, new]) if len(batch) > 0 else new
+                    if len(batch) == batch_size:
+                        yield batch
+                        batch = batch[:0]
+
+    def _pools(
+        self, seed: int, n_skip: int, rank: int, world: int, device: torch.device
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Endless (rows, the order in which they are taken), but for the first ``n_skip`` rows."""
+        block_bytes = self.block * self.d_model * self.dtype.itemsize
+        n_own = math.ceil(len(self.blocks) / world)
+        n_blocks = max(1, min(POOL_BYTES // block_bytes, n_own))
+        # two memories, used in turn: one is filled while the other is trained on
+        memories = np.empty((2, n_blocks * self.block, self.d_model), self.dtype)
+        memory = itertools.cycle(memories)
+        for epoch in itertools.count():
+            random = np.random.default_rng([seed, epoch])
+            places = random.permutation(len(self.blocks))[rank::world]
+            for first in range(0, len(places), n_blocks):
+                pool = self.keep(places[first : first + n_blocks])
+                order = random.permutation(len(pool))
+                if n_skip < len(order):
+                    yield pool._to_device(order, n_skip, next(memory), device)
+                n_skip = max(0, n_skip - len(order))
+
+    def _to_device(
+        self, order: np.ndarray, n_skip: int, memory: np.ndarray, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        """All rows, on the device, and ``order`` from place ``n_skip`` on, without those left out.
+
+        The first near ones come again in their places, so that a place of the order is known
+        unread."""
+        rows = self.read_all(memory)
+        stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        with torch.cuda.stream(stream):  # copies beside the steps
+            rows = rows.to(device)
+            is_near = self.is_near(rows).cpu().numpy()
+            near = order[is_near[order]]
+            n_places = len(order) if len(near) > 0 else 0
+            places = np.resize(near, n_places)[n_skip:]
+            return rows, torch.from_numpy(places).to(device)
 
 
-def sums_by_latent(out, values, index, starts, rows, in_blocks):
-    """``weighted_row_sums`` into ``out`` (F, D), in blocks that stay in a CPU's cache; else all at once, a
-    long sum, as one thread of a GPU walks it, by sums of at most 64 terms."""
-    if in_blocks:
-        size = max(1, CACHED // 2 // out.shape[1])  # 2: the sums, and where they go
-        for start in range(0, len(out), size):
-            ends = starts[start:start + size + 1]
-            part = slice(int(ends[0]), int(ends[-1]))
-            out[start:start + size] = weighted_row_sums(values[part], index[part], ends - ends[0], rows)
-    else:
-        cuts = torch.cat([starts, torch.arange(0, len(index), 64, device=out.device)]).sort().values
-        numbers = torch.arange(len(cuts) - 1, device=out.device)
-        rows = weighted_row_sums(values, index, cuts, rows)
-        out.copy_(weighted_row_sums(None, numbers, torch.searchsorted(cuts, starts), rows))
+# ---------------------------------------------------------------------------------------------
+# 6. Runs: the loop around the trainer, checkpoints, signals; files that are written whole
+# ---------------------------------------------------------------------------------------------
+
+STATE = "training_state.pt"
+METRICS = "metrics.jsonl"
 
 
-# -------------------------------------------------- 6. runs
-# The loop around the trainer: checkpoints, signals, several processes. A cut run goes on where it was.
-# Uses sections 1 to 4 and the files of 7.
-
-STATE, METRICS = "training_state.pt", "metrics.jsonl"
-
-
-def train(acts, cfg, *, device="cpu", out=None, resume=False, save_minutes=10.0, on_log=lambda figures: None,
-          log_every=50, metadata=None):
+def train(
+    acts: Any,
+    cfg: TrainConfig,
+    *,
+    device: Device = "cpu",
+    out: Path | str | None = None,
+    resume: bool = False,
+    loss: Loss = fast_loss,
+    calibrate: bool = True,
+    save_minutes: float = 10.0,
+    on_log: Callable[[dict], None] = lambda figures: None,
+    log_every: int = 50,
+    metadata: dict | None = None,
+) -> MatryoshkaSAE:
     """Train on the rows ``acts`` (see ``Rows``); return the SAE for raw activations.
-    ``out``: a new or empty folder for metrics and checkpoint, written at the start, every ``save_minutes``
-    and however the loop ends; ``resume`` goes on there, if anything is saved. Signals act after a step.
-    ``on_log`` gets the figures of ``measure``, and {"step", "loss", "rows_per_second"}. ``metadata``: for the
-    checkpoint. ``ValueError`` for bad rows, and settings or rows other than those resumed."""
-    _require(not resume or out is not None, "resume needs out, the folder to go on in", out)
-    trainer, data, aside, fingerprint = prepare(acts, cfg, device)
-    if resume := resume and Path(out, STATE).exists():
-        read_state(Path(out), fingerprint, trainer)
+
+    ``out``: a new or empty folder for metrics and checkpoint, written at the start, every
+    ``save_minutes`` and however the loop ends; ``resume`` goes on there, if anything is saved.
+    ``loss``, ``calibrate``: see ``Trainer``. ``on_log`` gets the figures of ``Trainer.measure``,
+    and {"step", "loss", "rows_per_second"}. ``metadata``: for the checkpoint. A signal acts after
+    the step: see ``deferred_signals``. ``ValueError`` for bad rows, and for settings or rows other
+    than those resumed."""
+    if resume:
+        require(out is not None, "resume needs out, the folder to go on in", out)
+    rows, held_out = Rows(acts, cfg.max_norm).split_off(0.05, cfg.seed)
     rank, world = rank_and_world()
+    size = cfg.batch_size
+    require(size % world == 0, f"batch_size must be a multiple of {world}", size)
+    require(size <= len(rows), f"batch_size must be at most {len(rows)}, the training rows", size)
+    trainer = Trainer.on(rows, cfg, device, held_out, loss, calibrate)
     folder = None if out is None or rank > 0 else Path(out)
-    first_step, started = trainer.steps_done, time.monotonic()
-    batches = data.batches(cfg.batch_size // world, cfg.seed, first_step, rank, world, trainer.device)
-
-    def checkpoint():
-        sae = trainer.export()
-        sae.metadata.update(metadata or {})
-        if trainer.steps_done and len(aside):
-            calibrate(sae, aside, cfg.k)
-        if folder:
-            logged = (folder / METRICS).stat().st_size if (folder / METRICS).exists() else 0
-            write(folder / STATE, {"fingerprint": fingerprint, "log_bytes": logged,
-                                   "trainer": trainer.state_dict()})
-            sae.save(folder)
-        return sae
-
+    run = _Run(trainer, folder, fingerprint(rows, cfg), metadata or {})
+    is_resumed = resume and Path(out, STATE).exists()
+    if is_resumed:
+        run.restore(Path(out))
+    first_step = trainer.steps_done
+    batches = rows.batches(size // world, cfg.seed, first_step, rank, world, trainer.device)
     with deferred_signals() as received:
-        if folder and not resume:
-            folder.mkdir(parents=True, exist_ok=True)
-            if held := [file.name for file in folder.iterdir() if file.suffix != ".tmp"]:
-                raise FileExistsError(f"{folder} holds {held[0]}: choose a new or an empty output folder")
-            size = 64 * trainer.sae.W_dec.numel()  # bytes of weights, moments and the SAE, old and new
-            if size > (free := shutil.disk_usage(folder).free):
-                raise OSError(f"{folder} needs {size / 1e9:.2g} GB for checkpoints, {free / 1e9:.2g} free")
-            checkpoint()
+        if not is_resumed:
+            run.start()
+        started = saved = time.monotonic()
         try:
-            saved = time.monotonic()
-            while trainer.steps_done < cfg.steps and not trainer.stop:
-                x, trainer.stop = next(batches), bool(received)
-                loss = trainer.step(x)
-                if trainer.steps_done % log_every == 0 or trainer.steps_done == cfg.steps:
-                    figures = {"step": trainer.steps_done, "loss": float(loss), **trainer.measure(x[:512])}
-                    rows = (trainer.steps_done - first_step) * cfg.batch_size
-                    figures["rows_per_second"] = round(rows / (time.monotonic() - started))
-                    if folder:
-                        with open(folder / METRICS, "a") as file:
-                            file.write(json.dumps(figures) + "\n")
+            for x in itertools.islice(batches, cfg.steps - first_step):
+                trainer.stop = len(received) > 0
+                step_loss = trainer.step(x)
+                n_steps = trainer.steps_done
+                if n_steps % log_every == 0 or n_steps == cfg.steps:
+                    n_rows = (n_steps - first_step) * size
+                    figures = {"step": n_steps, "loss": float(step_loss)}
+                    figures |= trainer.measure(x[:512])  # enough for a figure in passing
+                    figures["rows_per_second"] = round(n_rows / (time.monotonic() - started))
+                    run.log(figures)
                     on_log(figures)
-                if folder and time.monotonic() - saved > 60 * save_minutes:
-                    checkpoint()
+                if trainer.stop:
+                    break
+                if time.monotonic() - saved > 60 * save_minutes:
+                    run.checkpoint()
                     saved = time.monotonic()
-        except Exception:  # a row that cannot be used, a callback, a lost process: the steps done stand
-            checkpoint()
+        except Exception:  # a bad row, a callback, a lost process: the steps done stand
+            run.checkpoint()
             raise
         if trainer.stop and not received:
             received.append(signal.SIGTERM)  # another process got it
-        return checkpoint()
+        return run.checkpoint()
 
 
-def prepare(acts, cfg, device):
-    """(new trainer, rows to train on, rows for the final threshold, what marks such a run)."""
-    data, aside = Rows(acts).within(cfg.max_norm).split_off(0.05, cfg.seed)  # trained on, they let few pass
-    n, world, sample = len(data), rank_and_world()[1], data.split_off(1.0, cfg.seed)[1].read()
-    _require(cfg.batch_size % world == 0, f"batch_size must be a multiple of {world}", cfg.batch_size)
-    _require(cfg.batch_size <= n, f"batch_size must be at most {n}, the training rows", cfg.batch_size)
-    mean = sample.mean(dim=0, dtype=torch.float64)
-    spread = (sample - mean).norm(dim=0) / len(sample) ** 0.5  # of each dimension
-    least, size = max(1e-18, 1e-6 * float(mean.norm())), float(spread.norm())
-    _require(least < size < 1e18, f"rows must differ, by an rms distance in ({least:.1g}, 1e18)", size)
-    stretch = (spread / (10 * spread[spread > 0].median())).clamp_min(1.0)  # a few would hide all the others
-    scale = stretch * (spread / stretch).norm()
-    fingerprint = {**dataclasses.asdict(cfg), "rows": n, "processes": world,
-                   "checksum of a sample of the rows": hashlib.sha256(sample.numpy()).hexdigest()[:16]}
-    return Trainer(cfg, data.d_model, device, mean, scale), data, aside.read(), fingerprint
+class _Run:
+    """What a run writes: the SAE, the state to go on from, and a line for each log."""
+
+    def __init__(self, trainer: Trainer, folder: Path | None, marks: dict, metadata: dict):
+        self.trainer = trainer
+        self.folder = folder  # None: nothing is written
+        self.marks = marks
+        self.metadata = metadata
+
+    def start(self):
+        """Take a new or empty folder, if the disk has room for the run, and write the first SAE."""
+        if self.folder is None:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for file in self.folder.iterdir():
+            if file.suffix != ".tmp":
+                message = f"{self.folder} holds {file.name}: choose a new or an empty output folder"
+                raise FileExistsError(message)
+        # W_enc and W_dec, two moments each and the SAE's, 4 bytes a number, old and new
+        n_bytes = 64 * self.trainer.sae.W_dec.numel()
+        free = shutil.disk_usage(self.folder).free
+        if n_bytes > free:
+            sizes = f"{n_bytes / 1e9:.2g} GB for checkpoints, {free / 1e9:.2g} free"
+            raise OSError(f"{self.folder} needs {sizes}")
+        self.checkpoint()
+
+    def checkpoint(self) -> MatryoshkaSAE:
+        """Export, and write the state and the SAE."""
+        sae = self.trainer.export()
+        sae.metadata.update(self.metadata)
+        if self.folder is not None:
+            log = self.folder / METRICS
+            state = {
+                "fingerprint": self.marks,
+                "log_bytes": log.stat().st_size if log.exists() else 0,
+                "trainer": self.trainer.state_dict(),
+            }
+            write(self.folder / STATE, state)
+            sae.save(self.folder)
+        return sae
+
+    def log(self, figures: dict[str, float]):
+        if self.folder is not None:
+            with open(self.folder / METRICS, "a") as file:
+                file.write(json.dumps(figures) + "\n")
+
+    def restore(self, folder: Path):
+        """Put trainer and log where the last checkpoint was; ``ValueError`` names what differs."""
+        with reading(folder / STATE, "the state of such a run"):
+            device = self.trainer.device
+            state = torch.load(folder / STATE, map_location=device, weights_only=True)
+            for name, value in self.marks.items():
+                saved = state["fingerprint"].get(name)
+                require(saved == value, f"{name} must be as in the run to resume, {saved}", value)
+            self.trainer.load_state_dict(state["trainer"])
+            with open(folder / METRICS, "ab") as file:
+                file.truncate(min(file.tell(), state["log_bytes"]))
 
 
-def read_state(folder, fingerprint, trainer):
-    """Put trainer and metrics where they were; ``ValueError`` names what of settings or rows differs."""
-    with reading(folder / STATE, "the state of such a run"):
-        state = torch.load(folder / STATE, map_location=trainer.device, weights_only=True)
-        for name, value in fingerprint.items():
-            was = state["fingerprint"].get(name)
-            _require(was == value, f"{name} must be as in the run to resume, {was}", value)
-        trainer.load_state_dict(state["trainer"])
-        with open(folder / METRICS, "ab") as file:
-            file.truncate(min(file.tell(), state["log_bytes"]))
+def fingerprint(rows: Rows, cfg: TrainConfig) -> dict[str, Any]:
+    """What marks a run: settings, number of rows and processes, checksum of a sample of rows."""
+    checksum = hashlib.sha256(rows.sample(cfg.seed).numpy()).hexdigest()[:16]
+    return {
+        **dataclasses.asdict(cfg),
+        "rows": len(rows),
+        "processes": rank_and_world()[1],
+        "checksum of a sample of the rows": checksum,
+    }
 
 
 @contextlib.contextmanager
-def deferred_signals():
-    """Collect SIGINT, SIGTERM, SIGHUP, if not ignored; raise the first at the end. A second SIGINT acts."""
-    received = []
+def deferred_signals() -> Iterator[list[int]]:
+    """Collect SIGINT, SIGTERM and SIGHUP, unless ignored, as a wish to stop; at the end the first
+    acts: as its handler has it, or as ``SystemExit(128 + number)``. A second SIGINT acts at once;
+    the others may come twice, from a job's wrapper and to its group."""
+    received: list[int] = []
 
     def note(number, frame):
         if number == signal.SIGINT and number in received:
             raise KeyboardInterrupt
         received.append(number)
 
-    with contextlib.ExitStack() as at_end:
-        with contextlib.suppress(ValueError):  # only the main thread can set handlers
-            for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
-                if (before := signal.getsignal(number)) != signal.SIG_IGN:
-                    signal.signal(number, note)
-                    at_end.callback(signal.signal, number, before or signal.SIG_DFL)
+    handlers = {}
+    if threading.current_thread() is threading.main_thread():  # no other can set handlers
+        for name in {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal)):  # Windows has no SIGHUP
+            number = getattr(signal, name)
+            if signal.getsignal(number) != signal.SIG_IGN:
+                handlers[number] = signal.signal(number, note) or signal.SIG_DFL
+    try:
         yield received
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     if received:
+        if handlers.get(received[0]) == signal.SIG_DFL:
+            raise SystemExit(128 + received[0])
         signal.raise_signal(received[0])
 
 
-def rank_and_world():
-    """(number of this process, number of processes) under torch.distributed; (0, 1) alone."""
-    on = distributed.is_available() and distributed.is_initialized()
-    return (distributed.get_rank(), distributed.get_world_size()) if on else (0, 1)
-
-
-# ------------------------------------------------- 7. files
-# Activation rows of any number, read in random order; files written whole; what the Hub has.
-# Uses numpy, torch and, to download, huggingface_hub.
-
-BLOCK, BLOCK_BYTES = 256, 2**19  # consecutive rows, at most, that are read, and set aside, together
-ASIDE, POOL_BYTES = 2**14, 2**30  # rows set aside; bytes of rows whose order is mixed, held twice
-
-
-class Rows:
-    """Activation rows (n, D), as float32: an array, a tensor, a ``.npy`` file or a folder of them by name.
-    float16, float32 or float64, (rows, D) or (docs, positions, D). Files are read block by block, so memory
-    does not grow with them. ``ValueError`` for anything else, and for a row that is read and not finite."""
-
-    def __init__(self, source):
-        if isinstance(source, Rows):
-            vars(self).update(vars(source))
-            return
-        files = [source]
-        if isinstance(source, (str, os.PathLike)) and os.path.isdir(source):  # with the ids of harvest
-            files = [file for file in sorted(Path(source).glob("*.npy")) if not file.match("*.ids.npy")]
-        _require(files, f"{source} must be a .npy file or a folder of them", "a folder without any")
-        parts = [as_rows(file) for file in files]
-        D = parts[0].shape[1]
-        for file, part in zip(files, parts):
-            _require(part.shape[1] == D, f"{file} must be {D} wide", part.shape[1])
-        self.dtype = np.dtype("f2" if all(part.dtype == "f2" for part in parts) else "f4")  # in memory
-        self.d_model, self.row_bytes = D, D * self.dtype.itemsize
-        self.block = min(BLOCK, max(1, BLOCK_BYTES // self.row_bytes), -(-sum(map(len, parts)) // 64))
-        self.centre, self.radius, self.limited = torch.zeros(D).float(), math.inf, False
-        self.blocks = [(part, start, min(start + self.block, len(part)))
-                       for part in parts for start in range(0, len(part), self.block)]
-
-    def __len__(self):
-        return sum(stop - start for _, start, stop in self.blocks)
-
-    def within(self, max_norm):
-        """All rows but those further from the median row than ``max_norm`` times the median distance, by a
-        sample, unless over 5 % are: a few massive ones ruin an SAE. A limit set before stays."""
-        _require(max_norm >= 1, "max_norm must be at least 1", max_norm)
-        if self.limited:
-            return self
-        chosen, sample = Rows(self), self.split_off(1.0, 0)[1].read()
-        chosen.limited, chosen.centre = True, sample.median(dim=0).values
-        distance = (sample - chosen.centre).norm(dim=1)
-        most = max_norm * float(distance.median()) or math.inf  # where most rows are the same
-        far, times = float((distance > most).float().mean()), max_norm * float(distance.max()) / most
-        chosen.radius = most if far <= 0.05 else math.inf
-        what = "left out (max_norm)" if far <= 0.05 else "too many to leave out"
-        if far:
-            warnings.warn(f"{far:.2%} of {len(sample):,} sampled rows lie over {max_norm:g} times the median "
-                          f"distance from the median row, up to {times:,.0f} times: {what}", stacklevel=3)
-        return chosen
-
-    def keep(self, numbers):
-        """The rows of the blocks with these numbers, in order."""
-        chosen = Rows(self)
-        chosen.blocks = [self.blocks[number] for number in sorted(numbers)]
-        return chosen
-
-    def split_off(self, fraction, seed):
-        """(The other rows, those set aside): random whole blocks, as neighbours of a row tell much of it."""
-        order = np.random.default_rng(seed).permutation(len(self.blocks))
-        n = min(max(2, round(fraction * len(order))), ASIDE // self.block)
-        return self.keep(order[n:]), self.keep(order[:n])
-
-    def read(self):
-        """The rows as one float32 tensor (n, D), in order, without those left out."""
-        rows = self.read_all()
-        return rows[~self.too_far(rows)].float()
-
-    def read_all(self, memory=None):
-        """All rows (n, D), in ``memory`` if given, as float16 if that is what all files hold, or float32."""
-        memory, end = np.empty((len(self), self.d_model), self.dtype) if memory is None else memory, 0
-        for part, start, stop in self.blocks:
-            block, end = memory[end:end + stop - start], end + stop - start
-            rows = part[start:stop]
-            if isinstance(part, np.memmap):  # a map takes memory and dies with its file
-                rows = block if part.dtype == self.dtype else np.empty(block.shape, part.dtype)
-                with open(part.filename, "rb", buffering=0) as file:
-                    file.seek(part.offset + start * part.strides[0])
-                    whole = file.readinto(rows) == rows.nbytes
-                _require(whole, f"{part.filename} must not shrink while read, row", stop)
-            if rows is not block:
-                block[:] = rows
-        return torch.from_numpy(memory[:end])
-
-    def too_far(self, rows):
-        """Which of all its ``rows`` (n, D), on any device, are left out: (n,)."""
-        size = max(1, (2**16 if rows.device.type == "cpu" else 2**26) // self.d_model)  # that stay in a cache
-        distance = self.centre.new_empty(len(rows), device=rows.device)
-        for part, out in zip(rows.split(size), distance.split(size)):
-            torch.linalg.vector_norm(part - self.centre.to(rows.device), dim=1, out=out)
-        if not distance.isfinite().all():
-            for part, start, stop in self.blocks:  # of large numbers only the squares are not finite
-                finite, rows = rows[:stop - start].isfinite().all(dim=1), rows[stop - start:]
-                where = f"{getattr(part, 'filename', 'the array')}, row {start + int(finite.int().argmin())},"
-                _require(finite.all(), f"{where} must be finite as float32", "NaN or infinity")
-        return distance > self.radius
-
-    def parts(self, n=4096):
-        """All rows once, in order, as ``Rows`` of about ``n`` each."""
-        numbers, per_part = range(len(self.blocks)), max(1, n // self.block)
-        return (self.keep(numbers[place:place + per_part]) for place in numbers[::per_part])
-
-    def batches(self, batch_size, seed, start=0, rank=0, world=1, device="cpu"):
-        """Endless batches (batch_size, D) from number ``start`` on; each row once an epoch, in seeded order.
-        Blocks are permuted, and the rows of a pool of blocks again, on the ``device``. Two pools are there: a
-        background thread reads the next. Of ``world`` processes, ``rank`` reads every ``world``-th block."""
-        pools = self._pools(seed, start * batch_size, rank, world, torch.device(device))
-        batch = torch.empty(0, self.d_model, device=device)
-        with ThreadPoolExecutor(1) as thread:
-            ahead = thread.submit(next, pools)
-            while True:
-                (rows, order), ahead = ahead.result(), thread.submit(next, pools)
-                for tensor in (rows, order) if rows.is_cuda else ():  # made on another stream
-                    tensor.record_stream(torch.cuda.current_stream(device))
-                for taken in order.tensor_split([*range(batch_size - len(batch), len(order), batch_size)]):
-                    part = rows.index_select(0, taken).float()
-                    batch = torch.cat([batch, part]) if len(batch) else part
-                    if len(batch) == batch_size:
-                        yield batch
-                        batch = batch[:0]
-
-    def _pools(self, seed, skip, rank, world, device):
-        """Endless (rows, the order in which they are taken), but for the first ``skip`` rows."""
-        per_pool = max(1, min(POOL_BYTES // (self.block * self.row_bytes), -(-len(self.blocks) // world)))
-        memory = itertools.cycle(np.empty((2, per_pool * self.block, self.d_model), self.dtype))  # used again
-        for epoch in itertools.count():
-            random = np.random.default_rng([seed, epoch])
-            blocks = random.permutation(len(self.blocks))[rank::world]
-            for place in range(0, len(blocks), per_pool):
-                pool = self.keep(blocks[place:place + per_pool])
-                order = random.permutation(len(pool))
-                if skip < len(pool):
-                    rows = pool.read_all(next(memory))
-                    with torch.cuda.stream(torch.cuda.Stream(device) if device.type == "cuda" else None):
-                        rows = rows.to(device)  # beside the steps
-                        near = order[~pool.too_far(rows).cpu().numpy()[order]]
-                        # the first ones also take the places of those left out
-                        order = torch.from_numpy(np.resize(near, near.size and order.size)[skip:]).to(device)
-                    yield rows, order
-                skip = max(0, skip - len(pool))
-
-
-def as_rows(source):
-    """An array, a tensor or a ``.npy`` file as rows (n, D), checked but for its values."""
-    array = read_npy(source) if isinstance(source, (str, os.PathLike)) else source
-    if isinstance(array, torch.Tensor):
-        with reading("the tensor", "one of rows"):  # a sparse one, a meta one
-            array = (array.float() if array.dtype == torch.bfloat16 else array).detach().cpu().numpy()
-    _require(type(array) in (np.ndarray, np.memmap), "rows must be an array, a tensor or a path", type(array))
-    sound = array.dtype.kind == "f" and array.dtype.itemsize <= 8 and array.ndim in (2, 3) and array.size > 0
-    name, found = getattr(array, "filename", "the array"), f"{array.dtype} {array.shape}"
-    _require(sound, f"{name} must hold floats (rows, D) or (docs, positions, D)", found)
-    whole_file = isinstance(array.base, mmap.mmap) and array.flags.c_contiguous and array.mode != "c"
-    return (array if whole_file else np.asarray(array)).reshape(-1, array.shape[-1])
-
-
-def read_npy(path):
-    """The array in a ``.npy`` file, memory-mapped; ``ValueError`` if it is damaged or holds objects."""
-    with reading(path, "a .npy file of numbers"):
-        return np.lib.format.open_memmap(path, mode="r")
-
-
 @contextlib.contextmanager
-def reading(path, what):
-    """Whatever a parser raises on a damaged file becomes a ``ValueError`` that names it; not ``OSError``."""
+def reading(path: Path | str, what: str) -> Iterator[None]:
+    """Whatever a parser raises, but ``OSError``, becomes a ``ValueError`` that names the file."""
     try:
         yield
     except OSError:
@@ -871,19 +1466,24 @@ def reading(path, what):
         raise ValueError(f"{path} is not {what}: {one_line(error)}") from None
 
 
-def one_line(error):
-    return f"{' '.join(str(error).split()) or type(error).__name__:.300}"
+def one_line(error: Exception) -> str:
+    words = " ".join(str(error).split())
+    return f"{words or type(error).__name__:.300}"
 
 
-def write(path, content):
-    """Write bytes, what ``torch.load`` reads (.pt), or JSON; a reader sees the old file or the new one."""
-    temporary = Path(path).with_name(f".{Path(path).name}.tmp")
+def write(path: Path | str, content: Any) -> None:
+    """Write bytes, JSON, or (.pt) what ``torch.load`` reads: the old file stays until it is
+    whole."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
-            if temporary.match("*.pt.tmp"):
+            if path.suffix == ".pt":
                 torch.save(content, file)
+            elif isinstance(content, bytes):
+                file.write(content)
             else:
-                file.write(content if isinstance(content, bytes) else json.dumps(content, indent=2).encode())
+                file.write(json.dumps(content, indent=2).encode())
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -893,367 +1493,614 @@ def write(path, content):
         temporary.unlink(missing_ok=True)
 
 
-def download(repo, names, revision=None, repo_type="model"):
+def download(repo: str, names: list[str], revision: str | None = None, repo_type="model") -> Path:
     """Folder of these files of a Hub repository, all of one commit, in huggingface_hub's cache."""
     try:
         from huggingface_hub import snapshot_download
-        return Path(snapshot_download(repo, repo_type=repo_type, revision=revision, allow_patterns=names))
+
+        where = {"repo_type": repo_type, "revision": revision}
+        return Path(snapshot_download(repo, allow_patterns=names, **where))
     except Exception as error:  # of its own, of its HTTP library, of Xet
         raise OSError(f"{repo} cannot be read from the Hub: {one_line(error)}") from None
 
 
-# ----------------------------------------------- 8. metrics
-# Figures of a finished SAE: on rows, spliced into a language model, and against labels.
-# Uses the SAE, ``Rows`` and section 10's ``activation_hook``.
+# ---------------------------------------------------------------------------------------------
+# 7. Metrics: figures of a finished SAE, on rows, against labels, latent by latent
+# ---------------------------------------------------------------------------------------------
+
+
+class ErrorSums:
+    """``FVU = sum |x - recon|^2 / sum |x - mean|^2`` over all rows, by the sums of each dimension.
+
+    For several reconstructions of the same raw rows. ``origin`` (D,): near the mean, so that the
+    variance does not cancel where the mean is large; a single row is measured from there."""
+
+    def __init__(self, origin: Tensor, n_recons: int):
+        self.origin = origin
+        self.n_rows = 0
+        width = len(origin)
+        self.offsets = torch.zeros(width, dtype=torch.float64)
+        self.squares = torch.zeros(width, dtype=torch.float64)
+        self.errors = torch.zeros(n_recons, width, dtype=torch.float64)
+
+    def add(self, x: Tensor, recons: Iterable[Tensor]) -> None:
+        """Add rows ``x`` (B, D) and their reconstructions, each (B, D)."""
+        offset = (x - self.origin).cpu().double()
+        self.n_rows += len(x)
+        self.offsets += offset.sum(dim=0)
+        self.squares += offset.square().sum(dim=0)
+        for error, recon in zip(self.errors, recons, strict=True):
+            error += (x - recon).square().sum(dim=0).cpu().double()
+
+    def variance(self) -> Tensor:
+        """``sum (x - mean)^2`` of each dimension: (D,)."""
+        if self.n_rows == 1:
+            return self.squares
+        return self.squares - self.offsets.square() / self.n_rows
+
+    def fvu(self, recon: int, dims: Tensor | slice = slice(None)) -> float:
+        """Of this reconstruction, over these dimensions, by default all."""
+        return float(self.errors[recon, dims].sum() / self.variance()[dims].sum())
 
 
 @torch.no_grad()
-def evaluate(sae, rows, batch_size=4096, max_norm=10.0, on_rows=lambda done: None):
-    """Figures of ``sae`` over raw ``rows``: ``fvu = sum |x - recon|^2 / sum |x - mean|^2``, ``l0`` active
-    latents per row, ``dead`` share that never fires, mean ``max_cosine`` of a decoder row with another, all
-    by prefix too; number of ``rows`` and those ``left_out``; ``massive``: the dimensions that hold 90 % of
-    the variance, FVU of the others; ``frequencies``: latents on a share in [edge, next); ``remarks``."""
-    rows, levels, device = Rows(rows).within(max_norm), sae.prefixes, sae.b_dec.device
-    sizes, done, seen = np.diff(levels, prepend=0).tolist(), 0, 0
-    fired = torch.zeros(len(sae.b_enc), dtype=torch.long, device=device)  # rows where each latent is on
-    sums, squares, *errors = torch.zeros(2 + len(levels), rows.d_model, dtype=torch.float64)  # by dimension
-    for part in rows.parts(batch_size):
+def evaluate(
+    sae: MatryoshkaSAE,
+    rows: Any,
+    batch_size: int = 4096,
+    max_norm: float = 10.0,
+    on_rows: Callable[[int], None] = lambda n_done: None,
+) -> dict[str, Any]:
+    """Figures of ``sae`` over all raw ``rows`` (see ``Rows``), in raw units, by prefix too.
+
+    ``fvu`` as in ``ErrorSums``; ``l0``, active latents per row; ``dead``, the share of latents that
+    never fires; ``max_cosine``, the mean over decoder rows of the largest cosine with another;
+    ``rows`` and how many were ``left_out``; ``massive``, the dimensions that hold 90 % of the
+    variance and the FVU of the others; ``remarks``, in words. ``ValueError`` where all rows are
+    equal."""
+    rows = Rows(rows, max_norm)
+    device = sae.b_dec.device
+    sizes = np.diff(sae.prefixes, prepend=0).tolist()
+    errors = ErrorSums(sae.b_dec, len(sizes))
+    n_fired = torch.zeros_like(sae.b_enc, dtype=torch.long)  # rows where each latent is on
+    n_done = 0
+    for part in rows.successive(batch_size):
         x = part.read().to(device)
-        acts, recon = sae.encode(x), sae.b_dec
-        fired += (acts > 0).sum(dim=0)
-        for error, block, W_dec in zip(errors, acts.split(sizes, dim=1), sae.W_dec.split(sizes)):
-            recon = recon + block @ W_dec
-            error += (x - recon).square().sum(dim=0).cpu().double()
-        offset = (x - sae.b_dec).cpu().double()  # near the mean, so that the variance does not cancel
-        sums += offset.sum(dim=0)
-        squares += offset.square().sum(dim=0)
-        done, seen = done + len(x), seen + len(part)
-        on_rows(seen)
-    variance, share = squares - sums.square() / done, fired.cpu().double() / done
-    total, (largest, order) = float(variance.sum()), variance.sort(descending=True)
-    sound = total > 1e-12 * float(squares.sum()) and torch.stack(errors).isfinite().all()
-    _require(sound, "rows must differ, within max_norm and 1e18: the sum of their variances", total)
-    n = 1 + int((largest.cumsum(0) < 0.9 * total).sum())
-    others = float(largest[n:].sum())
-    massive = {"dims": n, "share": 1 - others / total,
-               "fvu_of_others": float(errors[-1][order[n:]].sum()) / others if others > 0 else None}
-    prefixes = [{"latents": p, "fvu": float(error.sum()) / total, "l0": float(share[:p].sum()),
-                 "max_cosine": max_cosine(sae.W_dec[:p]), "dead": float((share[:p] == 0).double().mean())}
-                for p, error in zip(levels, errors)]
-    counts, edges = np.histogram(share[share > 0].log10().numpy(), bins=16, range=(-8, 0))
+        acts = sae.encode(x)
+        n_fired += (acts > 0).sum(dim=0)
+        blocks = zip(acts.split(sizes, dim=1), sae.W_dec.split(sizes), strict=True)
+        decoded = (block @ W_dec for block, W_dec in blocks)
+        errors.add(x, itertools.islice(itertools.accumulate(decoded, initial=sae.b_dec), 1, None))
+        n_done += len(part)
+        on_rows(n_done)
+    total = float(errors.variance().sum())
+    rule = "rows must differ, within max_norm and 1e18: the sum of their variances"
+    require(errors.n_rows > 1, rule, "one row")
+    require(total > 1e-12 * float(errors.squares.sum()), rule, total)
+    require(errors.errors.isfinite().all(), rule, total)
+
+    share = n_fired.cpu().double() / errors.n_rows
+    levels = []
+    for level, p in enumerate(sae.prefixes):
+        figures = {
+            "latents": p,
+            "fvu": errors.fvu(level),
+            "l0": float(share[:p].sum()),
+            "max_cosine": max_cosine(sae.W_dec[:p]),
+            "dead": float((share[:p] == 0).double().mean()),
+        }
+        levels.append(figures)
+    massive = massive_dimensions(errors)
+    return {
+        "rows": errors.n_rows,
+        "left_out": len(rows) - errors.n_rows,
+        **levels[-1],
+        "massive": massive,
+        "prefixes": levels,
+        "remarks": remarks(sae, rows.d_model, massive, levels[-1]["l0"]),
+    }
+
+
+def massive_dimensions(errors: ErrorSums) -> dict[str, Any]:
+    """How many dimensions hold 90 % of the variance, their ``share``, ``fvu_of_others`` or None."""
+    largest, order = errors.variance().sort(descending=True)
+    total = largest.sum()
+    n_dims = 1 + int((largest.cumsum(0) < 0.9 * total).sum())
+    others = float(largest[n_dims:].sum())
+    return {
+        "dims": n_dims,
+        "share": 1 - others / float(total),
+        "fvu_of_others": errors.fvu(-1, order[n_dims:]) if others > 0 else None,
+    }
+
+
+def remarks(sae: MatryoshkaSAE, d_model: int, massive: dict[str, Any], l0: float) -> list[str]:
+    """What figures alone do not tell, in words."""
     notes = []
-    if n <= max(1, rows.d_model / 20) and others > 0:
-        notes.append(f"{n} of {rows.d_model} dimensions hold {massive['share']:.0%} of the variance; "
-                     f"FVU of the others {massive['fvu_of_others']:.4f}")
-    if not sae.threshold.any():
-        notes.append(f"only {prefixes[-1]['l0']:.1f} positive entries a row for k = {sae.metadata.get('k')}")
-    return {"rows": done, "left_out": len(rows) - done, **prefixes[-1], "massive": massive,
-            "frequencies": {"edges": (10.0**edges).tolist(), "counts": counts.tolist()},
-            "prefixes": prefixes, "remarks": notes}
+    n_dims = massive["dims"]
+    is_massive = n_dims <= max(1, d_model / 20)  # a twentieth of the dimensions holds almost all
+    if is_massive and massive["fvu_of_others"] is not None:
+        notes.append(
+            f"{n_dims} of {d_model} dimensions hold {massive['share']:.0%} of the variance; "
+            f"FVU of the others {massive['fvu_of_others']:.4f}"
+        )
+    k = sae.metadata.get("k")
+    if not sae.threshold.any() and k is not None and l0 < k:
+        notes.append(f"only {l0:.1f} positive entries a row for k = {k}")
+    return notes
 
 
-def max_cosine(W_dec, block=2048):
-    """Mean over the rows of ``W_dec`` (F, D) of the largest cosine with any other row; 0 for a single row."""
+def max_cosine(W_dec: Tensor, batch_size: int = 2048) -> float:
+    """Mean over the rows of ``W_dec`` (F, D) of the largest cosine with another; 0 for one row."""
     rows = nn.functional.normalize(W_dec, dim=1)
     if len(rows) == 1:
         return 0.0
-    nearest = [(part @ rows.T).topk(2, dim=1).values[:, 1] for part in rows.split(block)]  # after itself
+    nearest = []
+    for part in rows.split(batch_size):
+        cosines = part @ rows.T
+        nearest.append(cosines.topk(2, dim=1).values[:, 1])  # the first is the row itself
     return float(torch.cat(nearest).mean())
 
 
 @torch.no_grad()
-def loss_recovered(model, module, sae, batches, at="input", drop=()):
-    """Cross-entropy, nats per token, of ``model`` with the stream at ``module`` left, zeroed, coded.
-    ``batches`` of token ids (B, T); those in ``drop`` keep their stream and are not predicted. By prefix
-    ``recovered = (zeroed - spliced) / (zeroed - clean)``, None for 0 / 0."""
-    device, n = next(model.parameters()).device, 0
-    through = (lambda x, p=p: sae.decode(sae.encode(x, p)) for p in sae.prefixes)
-    swaps = [lambda x: x, torch.zeros_like, *through]
-    sums = np.zeros(len(swaps))
-    for ids in batches:
-        ids = ids.to(device)
-        keep = ~torch.isin(ids, torch.tensor(list(drop), device=device, dtype=ids.dtype))
-        target = ids[:, 1:][keep[:, 1:]]
-        n += len(target)
-        for i, swap in enumerate(swaps):
-            with activation_hook(module, at, lambda x, swap=swap: torch.where(keep[..., None], swap(x), x)):
-                output = model(ids)
-            logits = getattr(output, "logits", output)[:, :-1][keep[:, 1:]]
-            sums[i] += float(nn.functional.cross_entropy(logits.float(), target, reduction="sum"))
-    _require(n > 0, "the batches must have tokens to predict", n)
-    clean, zeroed, *spliced = (sums / n).tolist()
-    gap = zeroed - clean
-    return {"clean": clean, "zeroed": zeroed, "tokens": n, "prefixes": [
-        {"latents": p, "spliced": loss, "recovered": (zeroed - loss) / gap if gap else None}
-        for p, loss in zip(sae.prefixes, spliced)]}
+def probe(sae: MatryoshkaSAE, x: Tensor, y: Tensor, seed: int = 0, max_k: int = 5) -> dict:
+    """How few latents tell labels ``y`` (n, C), booleans, of raw rows ``x`` (n, D).
 
-
-@torch.no_grad()
-def probe(sae, x, y, seed=0, max_k=5):
-    """How few latents tell labels ``y`` (n, C), booleans, of rows ``x`` (n, D); half the rows are held out.
-    ``raw``: logistic regression on the rows. By prefix: ``probes``, the same on the k latents whose mean
-    differs most with the label (Gurnee et al. 2023, arXiv 2305.01610); ``splitting``, how many of these
-    latents raise F1 by more than 0.03 each; of the raw probe's true positives, ``main_silent``, the share on
-    which the latent of largest difference is silent, and ``absorption``, on which it and the split ones are,
-    and of the active latents the one that adds most along the probe has a cosine above 0.025 with it (after
-    Chanin et al. 2024, arXiv 2409.14507, who find that latent by its ablation)."""
+    Half the rows are held out. ``raw``: logistic regression on the rows. By prefix: ``probes``,
+    accuracy and F1 of the same on k latents whose mean differs most with the label
+    (``k_sparse_probes``); ``splitting``, how many of these tell it; and of the raw probe's true
+    positives ``main_silent``, the share on which the latent of largest difference is silent, and
+    ``absorption``, on which all that tell the label are and another one carries it
+    (``n_absorbed``). ``ValueError`` for a label that a half of the rows has everywhere or
+    nowhere."""
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
-    x, y = x[order].float(), y[order]
-    (x_train, x_test), (y_train, y_test) = x.tensor_split(2), y.tensor_split(2)
-    rarest = torch.stack([labels.sum(0) for labels in (y_train, ~y_train, y_test, ~y_test)]).amin(dim=0)
-    _require(rarest.all(), f"label {rarest.argmin()} needs rows with it and without it in both halves", 0)
-    w, b = logistic_regression(x_train, y_train)
-    seen = w @ x_test.T + b[:, None] > 0
-    positives, share = y_test.T & seen, torch.where(y_train, 1 / y_train.sum(0), -1 / (~y_train).sum(0))
-    # (C, F): mean activation on the rows with a label, less that on those without
-    difference = sum(part.T @ sae.encode(rows) for rows, part in zip(x_train.split(2048), share.split(2048)))
-    figures = {"rows": len(x), "raw": probe_scores(seen, y_test)[0], "prefixes": []}
+    x_train, x_test = x[order].float().tensor_split(2)
+    y_train, y_test = y[order].tensor_split(2)
+    counts = [half.sum(0) for half in (y_train, ~y_train, y_test, ~y_test)]
+    rarest = torch.stack(counts).amin(dim=0)
+    rule = f"label {rarest.argmin()} needs rows with it and without it in both halves"
+    require(rarest.all(), rule, 0)
+    directions, bias = logistic_regression(x_train, y_train)
+    predicted = directions @ x_test.T + bias[:, None] > 0  # (C, n)
+    positives = y_test.T & predicted
+    difference = mean_difference(sae, x_train, y_train)  # (C, F)
+    levels = []
     for p in sae.prefixes:
         top = difference[:, :p].abs().topk(min(max_k, p), dim=1).indices  # (C, k)
-        chosen = torch.cat([top, difference[:, :p].argmax(dim=1, keepdim=True)], dim=1)
-        codes = torch.cat([sae.encode(rows, p)[:, chosen] for rows in x.split(2048)])  # (n, C, k + 1)
-        codes, codes_test = codes.movedim(0, 1).tensor_split(2, dim=1)
-        probes, f1 = [], []
-        for k in range(1, top.shape[1] + 1):
-            w_k, b_k = logistic_regression(codes[:, :, :k], y_train)
-            logits = torch.einsum("cnk,ck->cn", codes_test[:, :, :k], w_k) + b_k[:, None]
-            scores, by_label = probe_scores(logits > 0, y_test)
-            probes.append({"k": k, **scores})
-            f1.append(by_label)
-        splits = 1 + (torch.stack(f1).diff(dim=0) > 0.03).cumprod(dim=0).sum(0)
-        is_split = (difference.gather(1, top) > 0) & (torch.arange(top.shape[1]) < splits[:, None])
-        main_silent = positives & (codes_test[:, :, -1] == 0)
-        missed = main_silent & ~((codes_test[:, :, :-1] > 0) & is_split[:, None]).any(dim=2)
-        absorbed = torch.stack([n_absorbed(sae, x_test[rows], p, along) for rows, along in zip(missed, w)])
-        absorbed = absorbed / positives.sum(1)
-        figures["prefixes"].append({
-            "latents": p, "probes": probes, "absorption": mean_known(absorbed),
+        main = difference[:, :p].argmax(dim=1, keepdim=True)  # (C, 1)
+        codes_test = codes_by_label(sae, x_test, p, top)
+        codes_train = codes_by_label(sae, x_train, p, top)
+        probes, n_splits = k_sparse_probes(codes_train, codes_test, y_train, y_test)
+        # a label's latents: as many as it is split into, that fire for it and not against it
+        is_split = torch.arange(top.shape[1]) < n_splits[:, None]
+        is_split &= difference.gather(1, top) > 0  # (C, k)
+        split_is_on = ((codes_test > 0) & is_split[:, None]).any(dim=2)  # (C, n)
+        main_is_on = codes_by_label(sae, x_test, p, main).squeeze(2) > 0
+        main_silent = positives & ~main_is_on
+        missed = main_silent & ~split_is_on
+        absorption = n_absorbed(sae, x_test, missed, p, directions) / positives.sum(1)  # (C,)
+        level = {
+            "latents": p,
+            "probes": probes,
+            "absorption": mean_known(absorption),
             "main_silent": mean_known(main_silent.sum(1) / positives.sum(1)),
-            "absorption_by_label": [mean_known(rate) for rate in absorbed],
-            "splitting": float(splits.float().mean())})
-    return figures
+            "absorption_by_label": [mean_known(rate) for rate in absorption],
+            "splitting": float(n_splits.float().mean()),
+        }
+        levels.append(level)
+    return {"rows": len(x), "raw": probe_scores(predicted, y_test)[0], "prefixes": levels}
 
 
-def logistic_regression(x, y, l2=1e-3, steps=100):
-    """One probe per label: ``x`` (n, d), or (C, n, d) of its own, ``y`` (n, C) -> (w (C, d), b (C,)).
-    Mean cross-entropy of ``sigmoid(x @ w + b)`` plus ``l2 |w|^2`` on standardised inputs, by LBFGS."""
-    mean, std = x.mean(dim=-2, keepdim=True), x.std(dim=-2, keepdim=True).clamp_min(1e-12)
-    x, y = (x - mean) / std, y.T.float()
-    w, b = (torch.zeros(shape, requires_grad=True) for shape in ((len(y), x.shape[-1]), (len(y),)))
+def mean_difference(sae: MatryoshkaSAE, x: Tensor, y: Tensor) -> Tensor:
+    """Mean activation on the rows with a label, less that on those without: (C, F)."""
+    share = torch.where(y, 1 / y.sum(0), -1 / (~y).sum(0))  # (n, C)
+    parts = zip(x.split(2048), share.split(2048), strict=True)
+    return sum(part.T @ sae.encode(rows) for rows, part in parts)
+
+
+def codes_by_label(sae: MatryoshkaSAE, x: Tensor, prefix: int, latents: Tensor) -> Tensor:
+    """Codes of rows ``x`` (n, D) by each label's own ``latents`` (C, k): (C, n, k)."""
+    codes = [sae.encode(rows, prefix)[:, latents] for rows in x.split(2048)]
+    return torch.cat(codes).movedim(0, 1)
+
+
+def k_sparse_probes(
+    codes_train: Tensor, codes_test: Tensor, y_train: Tensor, y_test: Tensor
+) -> tuple[list[dict[str, float]], Tensor]:
+    """Logistic regression on each label's first k latents, k = 1, 2, ...; codes are (C, n, max_k).
+
+    Gurnee et al. 2023, arXiv 2305.01610. Returns [{"k", "accuracy", "f1"}], and how many latents
+    each label is split into (C,): as many as raise its F1 by more than 0.03 each (Chanin et al.
+    2024)."""
+    probes, f1 = [], []
+    for k in range(1, codes_train.shape[2] + 1):
+        w, b = logistic_regression(codes_train[:, :, :k], y_train)
+        logits = torch.einsum("cnk,ck->cn", codes_test[:, :, :k], w) + b[:, None]
+        scores, f1_by_label = probe_scores(logits > 0, y_test)
+        probes.append({"k": k, **scores})
+        f1.append(f1_by_label)
+    is_gain = torch.stack(f1).diff(dim=0) > 0.03
+    return probes, 1 + is_gain.cumprod(dim=0).sum(0)
+
+
+def logistic_regression(x: Tensor, y: Tensor, l2=1e-3, steps=100) -> tuple[Tensor, Tensor]:
+    """One probe a label: ``x`` (n, d), or (C, n, d) its own, ``y`` (n, C) -> w (C, d), b (C,).
+
+    Mean cross-entropy of ``sigmoid(x @ w + b)`` plus ``l2 |w|^2`` on standardised inputs, by
+    LBFGS."""
+    mean = x.mean(dim=-2, keepdim=True)
+    std = x.std(dim=-2, keepdim=True).clamp_min(1e-12)
+    x = (x - mean) / std
+    y = y.T.float()
+    w = torch.zeros(len(y), x.shape[-1], requires_grad=True)
+    b = torch.zeros(len(y), requires_grad=True)
     optimizer = torch.optim.LBFGS([w, b], max_iter=steps, line_search_fn="strong_wolfe")
 
-    def loss():
+    def closure():
         optimizer.zero_grad()
         logits = (w[:, None] @ x.mT).squeeze(1) + b[:, None]
-        total = len(y) * nn.functional.binary_cross_entropy_with_logits(logits, y) + l2 * w.pow(2).sum()
-        total.backward()
-        return total
+        entropy = nn.functional.binary_cross_entropy_with_logits(logits, y)
+        loss = len(y) * entropy + l2 * w.pow(2).sum()
+        loss.backward()
+        return loss
 
-    optimizer.step(loss)
+    with torch.enable_grad():
+        optimizer.step(closure)
     w = w.detach() / std.squeeze(-2)
     return w, b.detach() - (w * mean.squeeze(-2)).sum(dim=1)
 
 
-def probe_scores(seen, y):
-    """Of predictions ``seen`` (C, n) of ``y`` (n, C): mean accuracy and F1, and the F1 of each label (C,)."""
-    f1 = 2 * (seen & y.T).sum(1) / (seen.sum(1) + y.sum(0))
-    return {"accuracy": float((seen == y.T).float().mean()), "f1": float(f1.mean())}, f1
+def probe_scores(predicted: Tensor, y: Tensor) -> tuple[dict[str, float], Tensor]:
+    """Of predictions (C, n) of ``y`` (n, C): mean accuracy and F1; F1 of each label (C,)."""
+    f1 = 2 * (predicted & y.T).sum(1) / (predicted.sum(1) + y.sum(0))
+    accuracy = float((predicted == y.T).float().mean())
+    return {"accuracy": accuracy, "f1": float(f1.mean())}, f1
 
 
-def n_absorbed(sae, rows, prefix, along):
-    """On how many ``rows`` (n, D) the active latent that adds most ``along`` a probe points there itself."""
-    W_dec, n = sae.W_dec[:prefix], torch.zeros(())
-    for part in rows.split(2048):
-        added, latent = (sae.encode(part, prefix) * (W_dec @ along)).max(dim=1)
-        n += ((added > 0) & (nn.functional.cosine_similarity(W_dec[latent], along, dim=1) > 0.025)).sum()
-    return n
+def n_absorbed(
+    sae: MatryoshkaSAE, x: Tensor, missed: Tensor, prefix: int, directions: Tensor
+) -> Tensor:
+    """On how many rows another latent carries a label whose own are silent: (C,).
+
+    Of rows ``x`` (n, D) those that are ``missed`` (C, n): where, of the active latents, the one
+    that adds most along the label's probe ``directions`` (C, D) has a cosine above 0.025 with it.
+    After Chanin et al. 2024, arXiv 2409.14507, who find that latent by its ablation."""
+    W_dec = sae.W_dec[:prefix]
+    counts = torch.zeros(len(directions))
+    for label, direction in enumerate(directions):
+        along = W_dec @ direction
+        for rows in x[missed[label]].split(2048):
+            added, latent = (sae.encode(rows, prefix) * along).max(dim=1)
+            cosine = nn.functional.cosine_similarity(W_dec[latent], direction, dim=1)
+            counts[label] += ((added > 0) & (cosine > 0.025)).sum()
+    return counts
 
 
-def mean_known(values):
+def mean_known(values: Tensor) -> float | None:
     """Mean of those that are not NaN, None if there are none."""
     mean = float(values.nanmean())
     return None if math.isnan(mean) else mean
 
 
+class SparseCodes(NamedTuple):
+    """Codes of n rows: the entries of row i are those from ``starts[i]`` to ``starts[i + 1]``."""
+
+    starts: np.ndarray  # (n + 1,)
+    latent: np.ndarray  # (entries,)
+    value: np.ndarray  # (entries,), positive
+    is_far: np.ndarray  # (n,) rows that are left out, without entries
+
+
 @torch.no_grad()
-def sparse_codes(sae, rows, on_rows=lambda done: None):
-    """Codes of all raw ``rows`` (n, D): ``starts`` (n + 1,), ``latent`` and ``value``, those of row i from
-    ``starts[i]`` to ``starts[i + 1]``; and, without codes, which rows are too far out (n,)."""
-    parts, done = [], 0
-    for part in Rows(rows).parts():
+def sparse_codes(
+    sae: MatryoshkaSAE, rows: Any, on_rows: Callable[[int], None] = lambda n_done: None
+) -> SparseCodes:
+    """Codes of all raw ``rows`` (see ``Rows``)."""
+    counts, latents, values, far = [], [], [], []
+    n_done = 0
+    for part in Rows(rows).successive():
         x = part.read_all()
-        far = part.too_far(x)
-        acts = sae.encode(x.to(sae.b_dec.device)).cpu().masked_fill(far[:, None], 0)
-        parts.append(((acts > 0).sum(dim=1), acts.nonzero()[:, 1].int(), acts[acts > 0].double(), far))
-        on_rows(done := done + len(x))
-    counts, latent, value, far = (torch.cat(part).numpy() for part in zip(*parts))
-    return np.append(0, counts.cumsum()), latent, value, far
+        is_far = ~part.is_near(x)
+        acts = sae.encode(x.to(sae.b_dec.device)).cpu().masked_fill(is_far[:, None], 0)
+        counts.append((acts > 0).sum(dim=1))
+        latents.append(acts.nonzero()[:, 1].int())
+        values.append(acts[acts > 0].double())
+        far.append(is_far)
+        n_done += len(x)
+        on_rows(n_done)
+    starts = np.append(0, torch.cat(counts).cumsum(0).numpy())
+    columns = (torch.cat(each).numpy() for each in (latents, values, far))
+    return SparseCodes(starts, *columns)
 
 
 @torch.no_grad()
-def latent_figures(sae, starts, latent, value, latents, seed=0):
-    """Of each of ``latents`` figures, the rows where it is on and its activations there, of ``sparse_codes``.
-    ``share`` of rows, ``max``, ``mean``, ``histogram`` (16 bins, 0 to max), the 10 ``largest`` rows, 5 at
-    ``random``, the 5 ``nearest`` [latent, cosine of decoder rows]; ``parent``: of the latents of earlier
-    prefixes the one of largest ``directed_cosines``, if at least 0.6, as [latent, this], else None."""
-    n, ends, by_latent = len(starts) - 1, np.array((0, *sae.prefixes)), np.argsort(latent, kind="stable")
-    row, peaks = np.repeat(np.arange(n), np.diff(starts)), np.zeros(ends[-1])
-    np.maximum.at(peaks, latent, value)
-    bounds = np.searchsorted(latent, np.arange(len(peaks) + 1), sorter=by_latent)
-    directions = nn.functional.normalize(sae.W_dec.cpu(), dim=1)
+def latent_figures(
+    sae: MatryoshkaSAE, codes: SparseCodes, latents: Sequence[int], seed: int = 0
+) -> Iterator[tuple[dict[str, Any], np.ndarray, np.ndarray]]:
+    """Of each of ``latents``: figures, the rows where it is on, and its activations there.
+
+    ``share`` of rows, ``max``, ``mean`` where on, ``histogram`` (16 bins, 0 to max), the 10
+    ``largest`` rows, 5 at ``random``, the 5 ``nearest`` [latent, cosine of decoder rows], and
+    ``parent``: [latent, directed cosine], of the latents of earlier prefixes the one where it is
+    largest, if at least 0.6, else None."""
+    n_rows = len(codes.starts) - 1
+    n_latents = len(sae.b_enc)
+    row_of_entry = np.repeat(np.arange(n_rows), np.diff(codes.starts))
+    peaks = np.zeros(n_latents)  # the largest activation of each
+    np.maximum.at(peaks, codes.latent, codes.value)
+    by_latent = np.argsort(codes.latent, kind="stable")
+    bounds = np.searchsorted(codes.latent, np.arange(n_latents + 1), sorter=by_latent)
+    prefix_starts = np.array((0, *sae.prefixes))
+    for number, nearest in nearest_decoder_rows(sae.W_dec.cpu(), latents):
+        entries = by_latent[bounds[number] : bounds[number + 1]]
+        row_index = row_of_entry[entries]
+        acts = codes.value[entries]
+        parent = None
+        n_earlier = prefix_starts[prefix_starts <= number][-1]
+        if n_earlier > 0 and len(acts) > 0:
+            fits = directed_cosines(codes, peaks, row_index, acts)[:n_earlier]
+            best = int(fits.argmax())
+            if fits[best] >= 0.6:  # as in appendix F of the paper
+                parent = (best, fits[best])
+        random = np.random.default_rng([seed, number])
+        largest = np.argsort(-acts, kind="stable")[:10]
+        figures = {
+            "latent": number,
+            "share": len(acts) / n_rows,
+            "max": peaks[number],
+            "parent": parent,
+            "histogram": np.histogram(acts, 16, (0, peaks[number]))[0].tolist(),
+            "largest": row_index[largest].tolist(),
+            "random": random.choice(row_index, min(5, len(acts)), replace=False).tolist(),
+            "mean": acts.sum() / max(1, len(acts)),
+            "nearest": nearest,
+        }
+        yield figures, row_index, acts
+
+
+def nearest_decoder_rows(
+    W_dec: Tensor, latents: Sequence[int], n_nearest: int = 5
+) -> Iterator[tuple[int, list[tuple[int, float]]]]:
+    """For each of ``latents``: its number, and the [(latent, cosine)] of largest cosine with it."""
+    directions = nn.functional.normalize(W_dec, dim=1)
+    n_nearest = min(n_nearest, len(directions) - 1)
     for part in torch.as_tensor(latents).split(256):
-        near = (directions[part] @ directions.T).scatter(1, part[:, None], -2.0).topk(min(5, len(peaks) - 1))
-        for number, *nearest in zip(part.tolist(), near.indices.tolist(), near.values.tolist()):
-            own = by_latent[bounds[number]:bounds[number + 1]]
-            at, acts, random = row[own], value[own], np.random.default_rng([seed, number])
-            earlier = ends[ends <= number][-1]
-            fits = directed_cosines(starts, latent, value, peaks, at, acts)[:earlier] if earlier else at[:0]
-            best = (int(fits.argmax()), fits.max()) if fits.max(initial=0) >= 0.6 else None
-            yield {"latent": number, "share": len(at) / n, "max": peaks[number], "parent": best,
-                   "histogram": np.histogram(acts, 16, (0, peaks[number] or 1))[0].tolist(),
-                   "largest": at[np.argsort(-acts, kind="stable")[:10]].tolist(),
-                   "random": random.choice(at, min(5, len(at)), replace=False).tolist(),
-                   "mean": acts.sum() / max(1, len(at)), "nearest": [*zip(*nearest)]}, at, acts
+        cosines = directions[part] @ directions.T
+        cosines.scatter_(1, part[:, None], -2.0)  # not itself
+        top = cosines.topk(n_nearest)
+        for number, others, values in zip(
+            part.tolist(), top.indices.tolist(), top.values.tolist(), strict=True
+        ):
+            yield number, list(zip(others, values, strict=True))
 
 
-def directed_cosines(starts, latent, value, peaks, at, acts):
-    """``(sum a_p a / (|a_p| |a|)) min(1, max a / max a_p)`` of every latent p with the one that is on in the
-    rows ``at``, with ``acts``; all sums over these rows: (F,). Nabeshima, arXiv 2503.17547, appendix F."""
-    sizes = starts[at + 1] - starts[at]
-    of = np.repeat(starts[at] - sizes.cumsum() + sizes, sizes) + np.arange(sizes.sum())  # their entries
-    met, a_p = latent[of], value[of]
-    dot = np.bincount(met, a_p * np.repeat(acts, sizes), len(peaks))
-    lengths = np.sqrt(np.bincount(met, a_p**2, len(peaks)) * (acts @ acts))
-    return dot / np.maximum(lengths, 1e-99) * np.minimum(1, acts.max(initial=0) / np.maximum(peaks, 1e-99))
+def directed_cosines(
+    codes: SparseCodes, peaks: np.ndarray, row_index: np.ndarray, acts: np.ndarray
+) -> np.ndarray:
+    """``(sum a_p a / (|a_p| |a|)) min(1, max a / max a_p)`` of every latent p with the one that is
+    on in the rows ``row_index``, with ``acts``; all sums over these rows: (F,). Nabeshima, arXiv
+    2503.17547, app. F."""
+    starts = codes.starts[row_index]
+    sizes = codes.starts[row_index + 1] - starts
+    # the numbers of all entries of these rows: each row's run counts up from its start
+    run_offsets = np.repeat(starts - (sizes.cumsum() - sizes), sizes)
+    entries = run_offsets + np.arange(sizes.sum())
+    latent = codes.latent[entries]
+    a_p = codes.value[entries]
+    dot = np.bincount(latent, a_p * np.repeat(acts, sizes), len(peaks))
+    norms = np.sqrt(np.bincount(latent, a_p**2, len(peaks)) * (acts @ acts))
+    cosine = dot / np.maximum(norms, 1e-99)
+    return cosine * np.minimum(1, acts.max() / np.maximum(peaks, 1e-99))
 
 
-# ----------------------------------------------- 9. the toy
-# Rows whose true features are known, and how well an SAE finds them.
-# Uses torch and, for the figures, ``evaluate``.
+# ---------------------------------------------------------------------------------------------
+# 8. The toy: rows whose true features are known, and how well an SAE finds them
+# ---------------------------------------------------------------------------------------------
+
+
+class _Node(NamedTuple):
+    """A node of a feature tree: on where its parent is and ``low <= draws[draw] < high``."""
+
+    parent: int | None  # number of the node above
+    draw: int  # number of the uniform draw; siblings that exclude each other share one
+    low: float
+    high: float
+    is_read_out: bool
+    is_binary: bool
 
 
 class FeatureTree:
-    """A tree of features, each on only where its parent is: the toy of noanabeshima/matryoshka-saes.
-    ``spec``: a node {"active_prob": given that the parent is on, "is_read_out": false for a hidden node,
-    "is_binary": false for a magnitude in [0.5, 1.5), "mutually_exclusive_children": true for at most one at a
-    time, "children": [nodes], "id"}. Directions are orthogonal, with norms 1 + norm_std N(0, 1)."""
+    """A tree of features, each on only where its parent is (noanabeshima/matryoshka-saes).
 
-    def __init__(self, spec, d_model=None, norm_std=0.05, seed=0):
-        self.nodes = []      # (parent, draw, low, high, read out, binary), on if low <= draws[draw] < high
-        self.parent_of = []  # for each feature the feature above it, or None
+    ``spec``: a node {"active_prob": given that the parent is on, "is_read_out": false for a hidden
+    node, "is_binary": false for a magnitude in [0.5, 1.5), "mutually_exclusive_children": true for
+    at most one at a time, "children": [nodes], "id"}. Directions are orthogonal, with norms 1 +
+    norm_std N(0, 1). ``ValueError`` names a node that is none by its path."""
+
+    def __init__(self, spec: dict, d_model: int | None = None, norm_std=0.05, seed=0):
+        self.nodes: list[_Node] = []
+        self.parent_of: list[int | None] = []  # for each feature the feature above it
         with reading("tree", "a node"):
             self._add(None, None, None, 0.0, **spec)
-        n, self.d_model = len(self.parent_of), d_model or len(self.parent_of)
-        _require(1 <= n <= self.d_model <= 2048, f"d_model must be in [1, 2048], at least {n}", self.d_model)
+        n_features = len(self.parent_of)
+        self.d_model = n_features if d_model is None else d_model
+        rule = f"d_model must be in [1, 2048], at least {n_features}"
+        require(1 <= n_features <= self.d_model <= 2048, rule, self.d_model)
         generator = torch.Generator().manual_seed(seed)
         basis = torch.linalg.qr(torch.randn(self.d_model, self.d_model, generator=generator)).Q
-        self.directions = basis[:n] * (1 + norm_std * torch.randn(n, 1, generator=generator))
-        self.pairs = [(p, c) for c, p in enumerate(self.parent_of) if p is not None]  # (parent, child)
+        norms = 1 + norm_std * torch.randn(n_features, 1, generator=generator)
+        self.directions = basis[:n_features] * norms
+        pairs = [(parent, child) for child, parent in enumerate(self.parent_of)]
+        self.pairs = [(parent, child) for parent, child in pairs if parent is not None]
 
-    def _add(self, parent, feature, draw, low, /, active_prob, is_read_out=True, is_binary=True,
-             mutually_exclusive_children=False, children=(), id=None):
-        _require(0 <= active_prob <= 1, "active_prob must lie in [0, 1]", active_prob)
-        node, low_of_child = len(self.nodes), 0.0
-        self.nodes.append((parent, draw or node, low, low + active_prob, is_read_out, is_binary))
+    def _add(
+        self,
+        parent,
+        feature,
+        draw,
+        low,
+        /,
+        active_prob,
+        is_read_out=True,
+        is_binary=True,
+        mutually_exclusive_children=False,
+        children=(),
+        id=None,
+    ):
+        """Add a node below node ``parent`` and feature ``feature``, and all that is below it."""
+        require(0 <= active_prob <= 1, "active_prob must lie in [0, 1]", active_prob)
+        number = len(self.nodes)
+        if draw is None:
+            draw = number
+        self.nodes.append(_Node(parent, draw, low, low + active_prob, is_read_out, is_binary))
         if is_read_out:
             self.parent_of.append(feature)
             feature = len(self.parent_of) - 1
-        shared = node + 1 if mutually_exclusive_children else None  # the draw of the first child
+        # children that exclude each other share the draw of the first, in intervals side by side
+        shared_draw = number + 1 if mutually_exclusive_children else None
+        next_low = 0.0
         for i, child in enumerate(children):
             with reading(f"children[{i}]", "a node"):
-                self._add(node, feature, shared, low_of_child, **child)
-                low_of_child += child["active_prob"] if mutually_exclusive_children else 0.0
-        _require(low_of_child < 1 + 1e-9, "children that exclude each other may sum to 1", low_of_child)
+                self._add(number, feature, shared_draw, next_low, **child)
+                if mutually_exclusive_children:
+                    next_low += child["active_prob"]
+        require(next_low < 1 + 1e-9, "children that exclude each other may sum to 1", next_low)
 
-    def sample_features(self, n, generator):
-        """Feature activations (n, n_features): one uniform draw a node, or a set of exclusive siblings."""
-        draws, on, features = torch.rand(len(self.nodes), n, generator=generator), [], []
-        for parent, draw, low, high, read_out, binary in self.nodes:
-            node = (draws[draw] >= low) & (draws[draw] < high)
-            on.append(node if parent is None else node & on[parent])
-            if read_out:
-                features.append(on[-1] * (1.0 if binary else 0.5 + torch.rand(n, generator=generator)))
+    def sample_features(self, n_rows: int, generator: torch.Generator) -> Tensor:
+        """Feature activations (n, n_features): a uniform draw a node, or a set of siblings."""
+        draws = torch.rand(len(self.nodes), n_rows, generator=generator)
+        is_on, features = [], []
+        for node in self.nodes:
+            draw = draws[node.draw]
+            on = (draw >= node.low) & (draw < node.high)
+            if node.parent is not None:
+                on &= is_on[node.parent]
+            is_on.append(on)
+            if node.is_read_out:
+                magnitude = 1.0
+                if not node.is_binary:
+                    magnitude = 0.5 + torch.rand(n_rows, generator=generator)
+                features.append(on * magnitude)
         return torch.stack(features, dim=1)
 
-    def sample(self, n, seed):
-        """``n`` rows (n, D) = features @ directions, which depend on ``seed`` alone."""
-        return self.sample_features(n, torch.Generator().manual_seed(seed)) @ self.directions
+    def sample(self, n_rows: int, seed: int) -> Tensor:
+        """Rows (n, D) = features @ directions, which depend on ``seed`` alone."""
+        features = self.sample_features(n_rows, torch.Generator().manual_seed(seed))
+        return features @ self.directions
 
 
 @torch.no_grad()
-def matched_acts(sae, tree, rows):
-    """(Codes (n, n_features) of ``rows`` by the latents matched to the true features, greedily by |cosine|;
-    the largest |cosine| of each feature with a decoder row)."""
-    cosine, codes = nn.functional.normalize(tree.directions, dim=1) @ sae.W_dec.T, sae.encode(rows)
-    left, matched = cosine.abs(), torch.zeros(len(rows), len(cosine))
+def matched_acts(sae: MatryoshkaSAE, tree: FeatureTree, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes (n, n_features) of raw ``rows`` by the latents matched to the true features, greedily
+    by |cosine|; and the largest |cosine| of each feature with a decoder row (n_features,)."""
+    directions = nn.functional.normalize(tree.directions, dim=1)
+    cosine = (directions @ sae.W_dec.T).abs()
+    codes = sae.encode(rows)
+    matched = torch.zeros(len(rows), len(cosine))
+    unmatched = cosine.clone()
     for _ in range(min(cosine.shape)):
-        feature, latent = divmod(int(left.argmax()), left.shape[1])
+        feature, latent = divmod(int(unmatched.argmax()), unmatched.shape[1])
         matched[:, feature] = codes[:, latent]
-        left[feature] = left[:, latent] = -1.0
-    return matched, cosine.abs().amax(dim=1)
+        unmatched[feature] = -1.0
+        unmatched[:, latent] = -1.0
+    return matched, cosine.amax(dim=1)
 
 
-def toy_figures(sae, tree, seed, n=20_000):
-    """Figures on ``n`` fresh toy rows: ``evaluate``'s, and how well the true features are recovered.
-    ``clean`` counts best |cosine| >= 0.9; ``absorption``: a child's rows without its parent's latent."""
-    features = tree.sample_features(n, torch.Generator().manual_seed(seed))
+def toy_figures(
+    sae: MatryoshkaSAE, tree: FeatureTree, seed: int, n_rows: int = 20_000
+) -> dict[str, Any]:
+    """Figures on fresh toy rows: ``fvu``, ``l0``, and how well the true features are recovered.
+
+    ``clean`` counts best |cosine| >= 0.9; ``absorption``, by parent and child: the share of the
+    child's rows without the parent's latent."""
+    features = tree.sample_features(n_rows, torch.Generator().manual_seed(seed))
     rows = features @ tree.directions
-    (acts, cosine), figures = matched_acts(sae, tree, rows), evaluate(sae, rows)
-    absorption = [{"parent": p, "child": c, "rate": mean_known((acts[features[:, c] > 0, p] == 0).float())}
-                  for p, c in tree.pairs]
-    return {"fvu": figures["fvu"], "l0": figures["l0"], "features": len(cosine),
-            "clean": int((cosine >= 0.9).sum()), "mean_cosine": float(cosine.mean()),
-            "min_cosine": float(cosine.min()), "absorption": absorption}
+    acts, cosine = matched_acts(sae, tree, rows)
+    figures = evaluate(sae, rows)
+    absorption = []
+    for parent, child in tree.pairs:
+        is_silent = acts[features[:, child] > 0, parent] == 0
+        rate = mean_known(is_silent.float())
+        absorption.append({"parent": parent, "child": child, "rate": rate})
+    return {
+        "fvu": figures["fvu"],
+        "l0": figures["l0"],
+        "features": len(cosine),
+        "clean": int((cosine >= 0.9).sum()),
+        "mean_cosine": float(cosine.mean()),
+        "min_cosine": float(cosine.min()),
+        "absorption": absorption,
+    }
 
 
-# -------------------------------------- 10. language models
-# Where rows come from: TinyModel, a hook for the activations of any module, and their way into a file.
-# Uses torch alone; the file and the Hub by section 7.
+# ---------------------------------------------------------------------------------------------
+# 9. Language models: TinyModel, a hook for any module, rows into a file, the loss spliced
+# ---------------------------------------------------------------------------------------------
 
-TINY_MODEL = "noanabeshima/tiny_model", "502a1f2453f61260c937f7807a1270a167faba07"
-BEGIN, PAD = 9996, 9998  # token ids: before each text, and after those that are shorter
+TINY_MODEL = ("noanabeshima/tiny_model", "502a1f2453f61260c937f7807a1270a167faba07")
+BEGIN = 9996  # token id before each text
+PAD = 9998  # token id after those that are shorter
+N_HEADS = 16
 
 
 class TinyModel(nn.Module):
-    """The language model noanabeshima/tiny_model, without layer norm: ids (B, T) -> logits (B, T, V).
-    The stream of layer i enters ``layers[i]``, last ``lm_head``. The original returns log-probabilities."""
+    """The language model noanabeshima/tiny_model: ids (B, T) -> logits (B, T, V).
 
-    def __init__(self, n_layers=4, d_model=768, d_mlp=3072, n_vocab=10_000, n_positions=256):
+    No layer norm. The stream of layer i enters ``layers[i]``, last ``lm_head``. The original
+    returns log-probabilities."""
+
+    def __init__(
+        self,
+        n_layers: int = 4,
+        d_model: int = 768,
+        d_mlp: int = 3072,
+        n_vocab: int = 10_000,
+        n_positions: int = 256,
+    ):
         super().__init__()
         self.embed = nn.Embedding(n_vocab, d_model)
         self.pos_embed = nn.Parameter(torch.zeros(1, n_positions, d_model))
-        self.torso = nn.Sequential(*(_Block(d_model, d_mlp) for _ in range(n_layers)))
+        self.torso = nn.Sequential(*(_Layer(d_model, d_mlp) for _ in range(n_layers)))
         self.lm_head = nn.Linear(d_model, n_vocab)
         self.layers = [*self.torso, self.lm_head]
 
-    def forward(self, ids):
-        return self.lm_head(self.torso(self.embed(ids) + self.pos_embed[:, : ids.shape[1]]))
+    def forward(self, ids: Tensor) -> Tensor:
+        stream = self.embed(ids) + self.pos_embed[:, : ids.shape[1]]
+        return self.lm_head(self.torso(stream))
 
     @classmethod
-    def load(cls, path="tiny_model.pt"):
-        """Read a state dict, never objects, of a file or, without one, the published one of that name."""
+    def load(cls, path: Path | str = "tiny_model.pt") -> "TinyModel":
+        """Read a state dict, never objects: a file or, without one, the published one so named."""
         if not os.path.exists(path):
-            path = download(TINY_MODEL[0], [str(path)], TINY_MODEL[1]) / path
+            repo, revision = TINY_MODEL
+            path = download(repo, [str(path)], revision) / path
         with reading(path, "a state dict of TinyModel"):
             state = torch.load(path, map_location="cpu", weights_only=True)
             n_layers = len({key.split(".")[1] for key in state if key.startswith("torso.")})
-            (n_vocab, d_model), (_, n_positions, _) = state["embed.weight"].shape, state["pos_embed"].shape
-            model = cls(n_layers, d_model, len(state["torso.0.mlp.read_in.bias"]), n_vocab, n_positions)
+            n_vocab, d_model = state["embed.weight"].shape
+            _, n_positions, _ = state["pos_embed"].shape
+            d_mlp = len(state["torso.0.mlp.read_in.bias"])
+            model = cls(n_layers, d_model, d_mlp, n_vocab, n_positions)
             model.load_state_dict(state)
         return model.eval()
 
 
-class _Block(nn.Module):
-    def __init__(self, d_model, d_mlp):
+class _Layer(nn.Module):
+    def __init__(self, d_model: int, d_mlp: int):
         super().__init__()
-        self.attn = nn.ModuleDict({name: nn.Linear(d_model, d_model, bias=name == "O") for name in "QKVO"})
-        read_in, write_out = nn.Linear(d_model, d_mlp), nn.Linear(d_mlp, d_model)
+        attn = {name: nn.Linear(d_model, d_model, bias=name == "O") for name in "QKVO"}
+        self.attn = nn.ModuleDict(attn)
+        read_in = nn.Linear(d_model, d_mlp)
+        write_out = nn.Linear(d_mlp, d_model)
         self.mlp = nn.ModuleDict({"read_in": read_in, "write_out": write_out})
 
-    def forward(self, x):
-        q, k, v = (self.attn[name](x).unflatten(-1, (16, -1)).transpose(1, 2) for name in "QKV")
-        heads = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, 16, T, D/16)
-        x = x + self.attn["O"](heads.transpose(1, 2).flatten(-2))
+    def forward(self, x: Tensor) -> Tensor:
+        heads = []
+        for name in "QKV":
+            projected = self.attn[name](x).unflatten(-1, (N_HEADS, -1))
+            heads.append(projected.transpose(1, 2))  # (B, 16, T, D/16)
+        mixed = nn.functional.scaled_dot_product_attention(*heads, is_causal=True)
+        x = x + self.attn["O"](mixed.transpose(1, 2).flatten(-2))
         return x + self.mlp["write_out"](torch.relu(self.mlp["read_in"](x)))
 
 
@@ -1262,89 +2109,171 @@ class _Stop(Exception):
 
 
 @contextlib.contextmanager
-def activation_hook(module, at="output", replace=None, stop=False):
-    """Capture the "input" (first argument given) or "output" (first item) of a ``module``, a tensor per call.
-    ``replace``: a function of that tensor whose result takes its place. ``stop``: end the forward pass.
-    ``ValueError`` where the module is not called."""
-    _require(at in ("input", "output"), 'at must be "input" or "output"', repr(at))
-    captured, name = [], type(module).__name__
+def activation_hook(
+    module: nn.Module,
+    at: str = "output",
+    replace: Callable[[Tensor], Tensor] | None = None,
+    stop: bool = False,
+) -> Iterator[list[Tensor]]:
+    """Capture "input" (first argument) or "output" (first item) of ``module``, a tensor a call.
 
-    def hook(module, args, kwargs, *output):
-        whole = output[0] if output else args or tuple(kwargs.values()) or None
-        first, *rest = whole if isinstance(whole, tuple) else (whole,)
-        _require(isinstance(first, torch.Tensor), f"{name}: its {at} must start with a tensor", type(first))
-        captured.append(first.detach())
+    ``replace``: a function of that tensor whose result takes its place. ``stop``: end the forward
+    pass. ``ValueError`` where the module is not called, or the value is no tensor."""
+    require(at in ("input", "output"), 'at must be "input" or "output"', repr(at))
+    name = type(module).__name__
+    captured: list[Tensor] = []
+
+    def capture(value: Any) -> Tensor:
+        """Keep ``value``; return what takes its place, itself if nothing does."""
+        is_tensor = isinstance(value, Tensor)
+        require(is_tensor, f"{name}: its {at} must start with a tensor", type(value))
+        captured.append(value.detach())
         if stop:
             raise _Stop
-        if replace is None:
-            return None
-        new = (replace(first).to(first), *rest)
-        if output:
-            return new if isinstance(whole, tuple) else new[0]
-        return (new, kwargs) if args else ((), dict(zip(kwargs, new)))
+        return value if replace is None else replace(value).to(value)
 
-    register = module.register_forward_pre_hook if at == "input" else module.register_forward_hook
-    handle = register(hook, with_kwargs=True)
+    def input_hook(module, args, kwargs):
+        if args:
+            return (capture(args[0]), *args[1:]), kwargs
+        key = next(iter(kwargs), None)
+        return args, {**kwargs, key: capture(kwargs.get(key))}
+
+    def output_hook(module, args, output):
+        if isinstance(output, tuple):
+            return capture(next(iter(output), None)), *output[1:]
+        return capture(output)
+
+    if at == "input":
+        handle = module.register_forward_pre_hook(input_hook, with_kwargs=True)
+    else:
+        handle = module.register_forward_hook(output_hook)
     try:
         with contextlib.suppress(_Stop):
             yield captured
     finally:
         handle.remove()
-    _require(captured, f"{name} must be called in this context, calls", 0)
+    require(captured, f"{name} must be called in this context, calls", 0)
+
+
+def is_kept(ids: Tensor, drop: Sequence[int]) -> Tensor:
+    """Which token ids (B, T) are none of ``drop``: (B, T)."""
+    dropped = torch.tensor(list(drop), device=ids.device, dtype=ids.dtype)
+    return ~torch.isin(ids, dropped)
 
 
 @torch.no_grad()
-def harvest(model, module, batches, out, at="output", drop=(), dtype="float16", max_rows=None, resume=False,
-            on_rows=lambda done: None):
-    """Write the activations of ``module`` in ``model`` to ``out``, X.npy (rows, D), with number of the text
-    and token id of each to X.ids.npy, int32 (rows, 2); return the number of rows. What is written so far is
-    whole at any time; ``resume`` goes on behind it, with the same model and ``batches``.
-    ``batches``: token ids (B, T), or dicts of what ``model`` takes by name, with "input_ids". Ids in
-    ``drop``, and what an "attention_mask" leaves out, give no row. ``ValueError`` where rows do not fit."""
-    _require(resume or not Path(out).exists(), "out must be a new file, or resume be set", out)
-    _require(not model.training, "model must be in evaluation mode, model.eval()", "one in training")
-    _require(dtype in ("float16", "float32"), "dtype must be float16 or float32", dtype)
-    n, n_texts, device, beside = 0, 0, next(model.parameters()).device, Path(out).with_suffix(".ids.npy")
-    old = read_npy(out) if resume and Path(out).exists() else ()
-    _require(len(old) == 0 or len(read_npy(beside)) >= len(old), f"{beside} must be as long as {out}", "less")
-    least, max_rows = max(1, len(old)), max(len(old), max_rows or 2**62)
+def harvest(
+    model: nn.Module,
+    module: nn.Module,
+    batches: Iterable[Tensor | dict],
+    out: Path | str,
+    at: str = "output",
+    drop: Sequence[int] = (),
+    dtype: str = "float16",
+    max_rows: int | None = None,
+    on_rows: Callable[[int], None] = lambda n_done: None,
+) -> int:
+    """Write the activations of ``module`` in ``model`` to ``out``, X.npy (rows, D), with number of
+    the text and token id of each to X.ids.npy, int32 (rows, 2); return the number of rows.
+
+    ``batches``: token ids (B, T), or dicts of what ``model`` takes by name, with "input_ids". Ids
+    in ``drop``, and what an "attention_mask" leaves out, give no row. What is written so far is a
+    whole file at any time. ``ValueError`` where ``out`` exists, rows do not fit, or there are
+    none."""
+    require(not Path(out).exists(), "out must be a new file", out)
+    require(not model.training, "model must be in evaluation mode, model.eval()", "one in training")
+    require(dtype in ("float16", "float32"), "dtype must be float16 or float32", dtype)
+    ids_file = Path(out).with_suffix(".ids.npy")
+    device = next(model.parameters()).device
+    n_done = n_texts = 0
     for batch in batches:
-        inputs = {"input_ids": batch} if isinstance(batch, torch.Tensor) else batch
+        inputs = {"input_ids": batch} if isinstance(batch, Tensor) else batch
         inputs = {name: value.to(device) for name, value in inputs.items()}
         ids = inputs["input_ids"]
-        mask = ~torch.isin(ids, torch.tensor(list(drop), device=device, dtype=ids.dtype))
-        mask &= inputs.get("attention_mask", mask).bool()
-        tokens = torch.stack([mask.nonzero()[:, 0] + n_texts, ids[mask]], dim=1).int().cpu().numpy()
+        mask = is_kept(ids, drop)
+        if "attention_mask" in inputs:
+            mask &= inputs["attention_mask"].bool()
+        text_numbers = mask.nonzero()[:, 0] + n_texts
         n_texts += len(ids)
-        if n + len(tokens) < least:
-            n += len(tokens)
+        if len(text_numbers) == 0:
             continue
         with activation_hook(module, at, stop=True) as captured:
-            model(ids) if isinstance(batch, torch.Tensor) else model(**inputs)
+            if isinstance(batch, Tensor):
+                model(ids)  # whatever its argument is called
+            else:
+                model(**inputs)
         rows = captured[0][mask].to(getattr(torch, dtype)).cpu().numpy()
-        _require(rows.ndim == 2, "module must give a vector for each token id", tuple(captured[0].shape))
-        _require(np.isfinite(rows).all(), f"activations must fit in {dtype}", "one too large, or NaN")
-        if n < len(old):  # the last batch there, made again
-            was, now = old[n:], rows[:len(old) - n]
-            same = was.dtype == now.dtype and np.allclose(was, now, 0.01, 0.01 * np.median(abs(now)))
-            _require(same, f"{out} must be of this model and these ids, in {dtype}, but differs after row", n)
-        new = slice(max(0, len(old) - n), max_rows - n)
-        append_rows(beside, n + new.start, tokens[new])
-        append_rows(out, n + new.start, rows[new])
-        n += len(rows[:new.stop])
-        on_rows(n)
-        if n == max_rows:
+        rule = "module must give a vector for each token id"
+        require(rows.ndim == 2, rule, tuple(captured[0].shape))
+        is_finite = np.isfinite(rows).all()
+        require(is_finite, f"activations must fit in {dtype}", "one too large, or NaN")
+        tokens = torch.stack([text_numbers, ids[mask]], dim=1).int().cpu().numpy()
+        n_new = len(rows) if max_rows is None else min(len(rows), max_rows - n_done)
+        append_rows(ids_file, n_done, tokens[:n_new])
+        append_rows(out, n_done, rows[:n_new])
+        n_done += n_new
+        on_rows(n_done)
+        if n_done == max_rows:
             break
-    _require(n >= least, f"the batches must give at least {least} rows", n)
-    return n
+    require(n_done > 0, "the batches must give at least 1 row", n_done)
+    return n_done
 
 
-def append_rows(path, n, rows):
-    """Put ``rows`` (m, D) behind the first ``n`` of the ``.npy`` at ``path``, which is whole meanwhile."""
-    header = {"descr": rows.dtype.str, "fortran_order": False, "shape": (n, rows.shape[1])}
-    with open(path, "r+b" if n else "wb") as file:  # a map dies on a full disk
+def append_rows(path: Path | str, n_before: int, rows: np.ndarray) -> None:
+    """Put ``rows`` (m, D) behind the first ``n_before`` of the ``.npy`` at ``path``, a whole file
+    meanwhile: rows first, then the header that counts them. It keeps its length, as numpy leaves
+    room to count on."""
+    header = {"descr": rows.dtype.str, "fortran_order": False, "shape": (n_before, rows.shape[1])}
+    with open(path, "r+b" if n_before else "wb") as file:  # a map would die on a full disk
         np.lib.format.write_array_header_1_0(file, header)
-        file.seek(n * rows.strides[0], os.SEEK_CUR)
+        file.seek(n_before * rows.strides[0], os.SEEK_CUR)
         file.write(rows.data)
-        file.seek(0)  # the header is as long as before: numpy leaves room for n to grow
-        np.lib.format.write_array_header_1_0(file, header | {"shape": (n + len(rows), rows.shape[1])})
+        file.seek(0)
+        header["shape"] = (n_before + len(rows), rows.shape[1])
+        np.lib.format.write_array_header_1_0(file, header)
+
+
+def _swap_kept(swap: Callable, keep: Tensor, x: Tensor) -> Tensor:
+    return torch.where(keep, swap(x), x)
+
+
+@torch.no_grad()
+def loss_recovered(
+    model: nn.Module,
+    module: nn.Module,
+    sae: MatryoshkaSAE,
+    batches: Iterable[Tensor],
+    at: str = "input",
+    drop: Sequence[int] = (),
+) -> dict[str, Any]:
+    """Cross-entropy, nats per token, with the stream at ``module`` left, zeroed, coded.
+
+    ``batches`` of token ids (B, T); those in ``drop`` keep their stream and are not predicted. By
+    prefix ``recovered = (zeroed - spliced) / (zeroed - clean)``, None for 0 / 0."""
+    device = next(model.parameters()).device
+    swaps = [lambda x: x, torch.zeros_like]
+    for p in sae.prefixes:
+        swaps.append(lambda x, p=p: sae.decode(sae.encode(x, p)))
+    sums = np.zeros(len(swaps))
+    n_tokens = 0
+    for batch in batches:
+        ids = batch.to(device)
+        keep = is_kept(ids, drop)
+        is_target = keep[:, 1:]
+        target = ids[:, 1:][is_target]
+        n_tokens += len(target)
+        for i, swap in enumerate(swaps):
+            splice = functools.partial(_swap_kept, swap, keep[..., None])
+            with activation_hook(module, at, splice):
+                output = model(ids)
+            logits = getattr(output, "logits", output)[:, :-1][is_target]
+            entropy = nn.functional.cross_entropy(logits.float(), target, reduction="sum")
+            sums[i] += float(entropy)
+    require(n_tokens > 0, "the batches must have tokens to predict", n_tokens)
+    clean, zeroed, *spliced = (sums / n_tokens).tolist()
+    gap = zeroed - clean
+    levels = []
+    for p, loss in zip(sae.prefixes, spliced, strict=True):
+        recovered = (zeroed - loss) / gap if gap else None
+        levels.append({"latents": p, "spliced": loss, "recovered": recovered})
+    return {"clean": clean, "zeroed": zeroed, "tokens": n_tokens, "prefixes": levels}
