@@ -36,13 +36,17 @@ import msae
 
 HERE = Path(__file__).parent
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and the signals of POSIX")
+needs_fork = pytest.mark.skipif(
+    not hasattr(os, "fork"), reason="needs fork and the signals of POSIX"
+)
 torch.set_num_threads(1)  # OpenMP threads do not survive a fork
 
 
 def rows(n=512, d=16, seed=0, scale=3.0, mean=5.0):
     g = np.random.default_rng(seed)
-    return (g.laplace(size=(n, d)) @ g.normal(size=(d, d)) * scale / d**0.5 + mean).astype(np.float32)
+    return (g.laplace(size=(n, d)) @ g.normal(size=(d, d)) * scale / d**0.5 + mean).astype(
+        np.float32
+    )
 
 
 def config(**changes):
@@ -71,7 +75,9 @@ def tiny(n_vocab=50):
 
 
 def run(*arguments, codes=(0,)):
-    result = click.testing.CliRunner().invoke(cli.main, [str(a) for a in arguments], catch_exceptions=False)
+    result = click.testing.CliRunner().invoke(
+        cli.main, [str(a) for a in arguments], catch_exceptions=False
+    )
     assert result.exit_code in codes, result.output
     return result.output
 
@@ -85,11 +91,14 @@ def refused(*arguments):
 
 def forked(work, output=os.devnull, **environment):
     """A fork of this process, as importing torch anew takes seconds, for a function or a command's words."""
+
     def child():
         os.dup2(file.fileno(), 1)
         os.dup2(1, 2)
         sys.stdout = sys.stderr = os.fdopen(1, "w", buffering=1)
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in a shell's background ignore it
+        signal.signal(
+            signal.SIGINT, signal.default_int_handler
+        )  # jobs in a shell's background ignore it
         os.environ.update(environment)
         work() if callable(work) else typed(*work)
 
@@ -121,14 +130,29 @@ def stopping_at(n, step=msae.Trainer.step):
 
 
 TRAIN = "train --acts acts.npy --latents 32 --k 4 --batch-size 64 --steps 80".split()
-RESUME, ENDLESS = [*TRAIN, "--out", "run", "--resume"], [*TRAIN, "--steps", "1000000", "--out", "new"]
+RESUME, ENDLESS = (
+    [*TRAIN, "--out", "run", "--resume"],
+    [*TRAIN, "--steps", "1000000", "--out", "new"],
+)
 LOOK = "look run --acts acts.npy --out page.html --vocab vocab.json".split()
 HARVEST = "harvest --model tiny.pt --layer 2 --tokens ids.jsonl --out rows.npy".split()
 EVAL = "eval run --acts acts.npy".split()
 TOY = "toy --config toy.json --out toys".split()
 BENCH = "bench --latents 8 --d-model 8 --batch-size 8 --k 2 --steps 1".split()
-VOCABULARY = ["the", " Cat", "</script><script>alert(1)</script>", "\n", "<img src=x onerror=alert(2)>", "\0"]
-ABOUT = {"model_name": "tiny", "hook_name": "torso.1.input", "dataset": "ada/rows", "base_model": "ada/tiny"}
+VOCABULARY = [
+    "the",
+    " Cat",
+    "</script><script>alert(1)</script>",
+    "\n",
+    "<img src=x onerror=alert(2)>",
+    "\0",
+]
+ABOUT = {
+    "model_name": "tiny",
+    "hook_name": "torso.1.input",
+    "dataset": "ada/rows",
+    "base_model": "ada/tiny",
+}
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +169,9 @@ def good(tmp_path_factory):
         np.save("acts.ids.npy", np.stack([np.arange(3000) // 30, np.arange(3000) % 7], axis=1))
         msae.write("vocab.json", VOCABULARY)
         msae.write("ids.jsonl", b"".join(b'{"tok_ids": %a}\r\n' % row for row in ids.tolist()))
-        torch.save({key: value.bfloat16() for key, value in tiny(10_000).state_dict().items()}, "tiny.pt")
+        torch.save(
+            {key: value.bfloat16() for key, value in tiny(10_000).state_dict().items()}, "tiny.pt"
+        )
         msae.write("acts.npy.json", {**ABOUT, "docs": 7})
         msae.write("toy.json", toy_settings(steps=4, batch_size=50))
         msae.write("train.json", vars(config(k_start=8, k_anneal_steps=3)))
@@ -205,12 +231,17 @@ def test_loss_and_gradients_equal_the_naive_loop(prefixes, weights):
 
 
 STEPS = {
-    "fixed prefixes": {}, "one prefix": dict(prefixes=(32,)), "level weights": dict(level_weights=(3, 2, 1)),
-    "Pareto prefixes": dict(prefixes=None, n_prefixes=5), "energy order": dict(order="energy"),
+    "fixed prefixes": {},
+    "one prefix": dict(prefixes=(32,)),
+    "level weights": dict(level_weights=(3, 2, 1)),
+    "Pareto prefixes": dict(prefixes=None, n_prefixes=5),
+    "energy order": dict(order="energy"),
     "Pareto prefixes in energy order": dict(prefixes=None, n_prefixes=5, order="energy"),
-    "dead latents": dict(dead_after=64), "more entries than are positive": dict(k=31),
+    "dead latents": dict(dead_after=64),
+    "more entries than are positive": dict(k=31),
     "spare latents": dict(n_latents_start=40, steps=5, prune_window=(0.0, 0.5)),
-    "most rows without a survivor": dict(k=0.1), "one row": dict(batch_size=1),
+    "most rows without a survivor": dict(k=0.1),
+    "one row": dict(batch_size=1),
 }
 
 
@@ -251,7 +282,9 @@ def test_aux_loss_equals_its_formula_and_moves_only_the_dead_latents():
     x = torch.randn(5, 4, generator=torch.Generator().manual_seed(1))
     weights = sae.W_enc, sae.b_enc, sae.W_dec
     for e, pre in zip(x, sae.pre_acts(x)):  # the residual of an SAE that keeps nothing is x
-        top = sorted(dead, key=lambda j: pre[j])[-2:]  # the two (D / 2) largest of three dead latents
+        top = sorted(dead, key=lambda j: pre[j])[
+            -2:
+        ]  # the two (D / 2) largest of three dead latents
         total += (e - sum(pre[j] * sae.W_dec[j] for j in top)).pow(2).sum()
     expected = total / (x - x.mean(dim=0)).pow(2).sum()
     ours = msae.aux_loss(x, x, sae.W_enc[:, dead], sae.b_enc[dead], sae.W_dec[dead])
@@ -287,7 +320,9 @@ def test_a_step_on_the_meta_device_waits_for_no_value():
         trainer = msae.Trainer(config(**changes), 16, device="meta")
         for _ in range(trainer.steps_per_dead_list - 1):
             trainer.step(torch.empty(64, 16, device="meta"))
-        with pytest.raises(NotImplementedError, match="nonzero"):  # the list of dead latents is made anew
+        with pytest.raises(
+            NotImplementedError, match="nonzero"
+        ):  # the list of dead latents is made anew
             trainer.step(torch.empty(64, 16, device="meta"))
 
 
@@ -310,12 +345,15 @@ def test_a_new_parameter_is_met_or_refused_by_name():
 
 
 @pytest.mark.parametrize("cut", [0.0, 0.5, 100.0])
-@pytest.mark.parametrize("n, bias", [(17, 0.0), (260, 0.0), (17, -9.0)],
-                         ids=["some", "all positive", "none positive"])
+@pytest.mark.parametrize(
+    "n, bias", [(17, 0.0), (260, 0.0), (17, -9.0)], ids=["some", "all positive", "none positive"]
+)
 def test_the_n_largest_of_the_whole_batch_are_kept_in_row_major_order(monkeypatch, n, bias, cut):
     monkeypatch.setattr(msae, "CACHED", 10)  # blocks of 5 latents
     g = torch.Generator().manual_seed(0)
-    x, W_enc, b_enc = (torch.randint(-2, 3, shape, generator=g).float() for shape in ((8, 6), (6, 33), (33,)))
+    x, W_enc, b_enc = (
+        torch.randint(-2, 3, shape, generator=g).float() for shape in ((8, 6), (6, 33), (33,))
+    )
     pre = torch.relu(x @ W_enc + b_enc + bias)  # with many ties, of which any may be kept
     largest = sorted(pre.flatten().tolist())[-n:]
     values, index = msae.batch_topk(pre, n)
@@ -332,22 +370,47 @@ def test_prefixes_are_lengths_or_fractions_and_a_small_power_favours_short_ones(
     assert msae.prefix_lengths(20, (0.1, 0.5, 1)) == (2, 10, 20) and msae.prefix_lengths(1) == (1,)
     assert msae.sample_prefixes(6, 6) == (1, 2, 3, 4, 5, 6)
     g = torch.Generator().manual_seed(0)
-    drawn = np.array([[msae.sample_prefixes(101, 2, a, g) for _ in range(4000)] for a in (0.1, 0.5, 1)])
+    drawn = np.array(
+        [[msae.sample_prefixes(101, 2, a, g) for _ in range(4000)] for a in (0.1, 0.5, 1)]
+    )
     assert (drawn[..., 1] == 101).all() and drawn[..., 0].min() >= 1 and drawn[..., 0].max() <= 100
     low, middle, uniform = drawn[..., 0].mean(axis=1)
     assert low < middle < uniform == pytest.approx(50.5, abs=2)
-    assert (drawn[1, :, 0] == 1).mean() == pytest.approx(1 / 100**0.5, abs=0.02)  # (1^a - 0^a) / 100^a
+    assert (drawn[1, :, 0] == 1).mean() == pytest.approx(
+        1 / 100**0.5, abs=0.02
+    )  # (1^a - 0^a) / 100^a
 
 
 # ------------------------------------------------------------------------------------------------- settings
 
 
 def test_schedules():
-    cfg = config(steps=100, lr=1.0, warmup_steps=10, decay_fraction=0.2, k=4, k_start=8, k_anneal_steps=4,
-                 level_weights=(1, 1, 2), n_latents_start=36, prune_window=(0.5, 0.9))
-    assert [cfg.lr_at(s) for s in (0, 9, 50, 80, 90, 99)] == pytest.approx([0.1, 1, 1, 1, 0.5, 0.05])
+    cfg = config(
+        steps=100,
+        lr=1.0,
+        warmup_steps=10,
+        decay_fraction=0.2,
+        k=4,
+        k_start=8,
+        k_anneal_steps=4,
+        level_weights=(1, 1, 2),
+        n_latents_start=36,
+        prune_window=(0.5, 0.9),
+    )
+    assert [cfg.lr_at(s) for s in (0, 9, 50, 80, 90, 99)] == pytest.approx(
+        [0.1, 1, 1, 1, 0.5, 0.05]
+    )
     assert [cfg.k_at(s) for s in (0, 2, 4, 99)] == [8, 6, 4, 4]
-    assert [cfg.latents_at(s) for s in (0, 50, 60, 61, 80, 89, 90, 99)] == [36, 36, 35, 35, 33, 33, 32, 32]
+    assert [cfg.latents_at(s) for s in (0, 50, 60, 61, 80, 89, 90, 99)] == [
+        36,
+        36,
+        35,
+        35,
+        33,
+        33,
+        32,
+        32,
+    ]
     assert cfg.weights() == (0.25, 0.25, 0.5) and cfg.vanilla().weights() == (1,)
     assert config().weights() == pytest.approx((1 / 3,) * 3)
     sizes = (20, 200, 4000), (4096, 512, 8192), (4096, 8192, 512)
@@ -358,17 +421,42 @@ def test_schedules():
 BAD_SETTINGS = {
     "k": [0, -1, 33, 0.001, float("nan"), True, "4", None],
     "n_latents": [0, -5, 2.5, None],
-    "prefixes": [(), (4, 4, 32), (8, 4, 32), (4, 12), (4, 33), (0, 32), (-1, 32), (0.5, 0.2, 1), (4.5, 32)],
-    "n_prefixes": [0, 33], "pareto_power": [0, 1.5], "order": ["sorted"], "batch_size": [0], "steps": [0],
+    "prefixes": [
+        (),
+        (4, 4, 32),
+        (8, 4, 32),
+        (4, 12),
+        (4, 33),
+        (0, 32),
+        (-1, 32),
+        (0.5, 0.2, 1),
+        (4.5, 32),
+    ],
+    "n_prefixes": [0, 33],
+    "pareto_power": [0, 1.5],
+    "order": ["sorted"],
+    "batch_size": [0],
+    "steps": [0],
     "level_weights": [(1, 2), (1, -1, 1), (0, 0, 0), ("a", 1, 1)],
-    "lr": [0, -1e-3, float("inf")], "betas": [(0.9,), (0.9, 1.0)], "warmup_steps": [-1],
-    "decay_fraction": [-0.1, 1.1], "dtype": ["int8"], "seed": [-1], "k_start": [0, 40], "aux_coef": [-1],
-    "k_anneal_steps": [-1], "dead_after": [0], "clip": [0], "n_latents_start": [31],
+    "lr": [0, -1e-3, float("inf")],
+    "betas": [(0.9,), (0.9, 1.0)],
+    "warmup_steps": [-1],
+    "decay_fraction": [-0.1, 1.1],
+    "dtype": ["int8"],
+    "seed": [-1],
+    "k_start": [0, 40],
+    "aux_coef": [-1],
+    "k_anneal_steps": [-1],
+    "dead_after": [0],
+    "clip": [0],
+    "n_latents_start": [31],
     "prune_window": [(0.5, 0.5), (0.2,), (0.5, 1.2)],
 }
 
 
-@pytest.mark.parametrize("name, value", [(key, each) for key in BAD_SETTINGS for each in BAD_SETTINGS[key]])
+@pytest.mark.parametrize(
+    "name, value", [(key, each) for key in BAD_SETTINGS for each in BAD_SETTINGS[key]]
+)
 def test_bad_settings_are_refused_by_name_in_one_line(name, value):
     changes = {"prefixes": None} if name == "n_prefixes" else {}
     with pytest.raises(ValueError, match=rf"\A.*{name}.*\Z"):
@@ -380,10 +468,20 @@ def test_bad_settings_are_refused_by_name_in_one_line(name, value):
 
 def test_training_learns_and_every_checkpoint_on_disk_is_whole_and_calibrated(tmp_path):
     (train, held_out), seen = msae.Rows(rows(50_000)).split_off(0.2, 0), []
-    sae = msae.train(train, config(steps=400, lr=0.01, n_latents_start=40), out=tmp_path, save_minutes=0,
-                     on_log=lambda _: seen.append(msae.MatryoshkaSAE.load(tmp_path)), log_every=80)
+    sae = msae.train(
+        train,
+        config(steps=400, lr=0.01, n_latents_start=40),
+        out=tmp_path,
+        save_minutes=0,
+        on_log=lambda _: seen.append(msae.MatryoshkaSAE.load(tmp_path)),
+        log_every=80,
+    )
     figures = msae.evaluate(sae, held_out)
-    assert figures["fvu"] < 0.35 and figures["dead"] < 0.1 and (sae.W_dec.norm(dim=1) - 1).abs().max() < 1e-5
+    assert (
+        figures["fvu"] < 0.35
+        and figures["dead"] < 0.1
+        and (sae.W_dec.norm(dim=1) - 1).abs().max() < 1e-5
+    )
     assert figures["prefixes"] == sorted(figures["prefixes"], key=lambda level: -level["fvu"])
     saved = msae.MatryoshkaSAE.load(tmp_path)
     assert same(sae, saved) and saved.metadata == json.loads(json.dumps(sae.metadata))
@@ -395,18 +493,29 @@ def test_training_learns_and_every_checkpoint_on_disk_is_whole_and_calibrated(tm
 
 
 def test_spare_latents_go_one_by_one_the_least_energetic_first():
-    trainer, sizes = msae.Trainer(config(n_latents_start=48, steps=12, prune_window=(0.5, 0.8)), 16), []
+    trainer, sizes = (
+        msae.Trainer(config(n_latents_start=48, steps=12, prune_window=(0.5, 0.8)), 16),
+        [],
+    )
     for batch in torch.from_numpy(rows(64 * 12)).split(64):
         trainer.step(batch)
         sizes.append(len(trainer.energy))
-        msae.Trainer(trainer.cfg, 16).load_state_dict(trainer.state_dict())  # wherever the run is cut
-    assert sizes[:6] == [48] * 6 and sizes == sorted(sizes, reverse=True) and 48 > sizes[6] > sizes[-1] == 32
+        msae.Trainer(trainer.cfg, 16).load_state_dict(
+            trainer.state_dict()
+        )  # wherever the run is cut
+    assert (
+        sizes[:6] == [48] * 6
+        and sizes == sorted(sizes, reverse=True)
+        and 48 > sizes[6] > sizes[-1] == 32
+    )
     trainer.energy.copy_(torch.randperm(32))
     W_enc, moments = trainer.sae.W_enc.detach().clone(), trainer.optimizer.state[trainer.sae.W_dec]
     best, average = trainer.energy >= 20, moments["exp_avg"].clone()
     trainer.keep_latents(12)
     assert sorted(trainer.energy.tolist()) == list(range(20, 32))
-    assert torch.equal(trainer.sae.W_enc, W_enc[:, best]) and torch.equal(moments["exp_avg"], average[best])
+    assert torch.equal(trainer.sae.W_enc, W_enc[:, best]) and torch.equal(
+        moments["exp_avg"], average[best]
+    )
     big = config(n_latents=3072, prefixes=None, n_latents_start=3840, steps=1000)  # 64 at a time
     assert sorted({big.latents_at(step) for step in range(1000)}) == list(range(3072, 3841, 64))
 
@@ -416,10 +525,16 @@ def test_export_folds_the_scale_and_lays_latents_out_in_prefix_order(order, scal
     data = torch.from_numpy(rows(640))
     trainer = msae.Trainer(config(order=order), 16, mean=data.mean(dim=0), scale=scale)
     inner = trainer.sae
-    assert torch.equal(inner.b_dec.data, data.mean(dim=0) / scale) and torch.equal(inner.W_enc, inner.W_dec.T)
+    assert torch.equal(inner.b_dec.data, data.mean(dim=0) / scale) and torch.equal(
+        inner.W_enc, inner.W_dec.T
+    )
     for x in data.split(64):
         trainer.step(x)
-    where = torch.arange(32) if order == "stored" else trainer.energy.argsort(descending=True, stable=True)
+    where = (
+        torch.arange(32)
+        if order == "stored"
+        else trainer.energy.argsort(descending=True, stable=True)
+    )
     inner.threshold.fill_(trainer.cut)
     sae = trainer.export()
     length = (inner.W_dec * scale).norm(dim=1)
@@ -433,13 +548,18 @@ def test_a_massive_dimension_hides_no_other_and_is_remarked_on(here):
     data = rows(20_000)
     data[:, 3] = 1000 * (data[:, 3] - data[:, 3].mean())
     sae = msae.train(data, config(steps=400))
-    figures, friendly = (msae.evaluate(sae, each) for sae, each in (
-        (sae, data), (msae.train(rows(20_000), config(steps=400)), rows(20_000))))
+    figures, friendly = (
+        msae.evaluate(sae, each)
+        for sae, each in ((sae, data), (msae.train(rows(20_000), config(steps=400)), rows(20_000)))
+    )
     variance, x = data.var(axis=0), torch.from_numpy(data)
     error = (x - sae(x)).square().mean(dim=0).detach().numpy()
     others = float(np.delete(error, 3).sum() / np.delete(variance, 3).sum())
-    assert figures["massive"] == {"dims": 1, "share": pytest.approx(variance[3] / variance.sum(), rel=1e-4),
-                                  "fvu_of_others": pytest.approx(others, rel=1e-3)}
+    assert figures["massive"] == {
+        "dims": 1,
+        "share": pytest.approx(variance[3] / variance.sum(), rel=1e-4),
+        "fvu_of_others": pytest.approx(others, rel=1e-3),
+    }
     assert figures["fvu"] < 0.01 and others < 0.4 and figures["l0"] == pytest.approx(4.5, rel=0.02)
     remark = f"1 of 16 dimensions hold 100% of the variance; FVU of the others {others:.4f}"
     assert figures["remarks"] == [remark] and friendly["remarks"] == []
@@ -447,7 +567,10 @@ def test_a_massive_dimension_hides_no_other_and_is_remarked_on(here):
 
 def test_calibration_keeps_k_per_row():
     data, sae = torch.from_numpy(rows(640)), msae.MatryoshkaSAE(16, 32)
-    for threshold in (0.0, 1e9):  # the search starts above half the present threshold and falls back
+    for threshold in (
+        0.0,
+        1e9,
+    ):  # the search starts above half the present threshold and falls back
         sae.threshold.fill_(threshold)
         msae.calibrate(sae, data, 4.5)
         assert float((sae.encode(data) > 0).sum()) == pytest.approx(4.5 * 640, abs=1)  # rounding
@@ -479,7 +602,9 @@ def test_encode_of_a_prefix_is_the_start_of_the_codes():
     codes = sae.encode(x)
     assert codes.shape == (2, 5, 32) and not ((codes > 0) & (codes <= 0.5)).any()
     torch.testing.assert_close(sae.encode(x.numpy(), prefix=8), codes[..., :8])
-    torch.testing.assert_close(sae.decode(codes[..., :8]), codes[..., :8] @ sae.W_dec[:8] + sae.b_dec)
+    torch.testing.assert_close(
+        sae.decode(codes[..., :8]), codes[..., :8] @ sae.W_dec[:8] + sae.b_dec
+    )
     for width, prefix, names in ((16, 0, "got 0"), (16, 33, "got 33"), (15, None, "15")):
         with pytest.raises(ValueError, match=names):
             sae.encode(x[..., :width], prefix)
@@ -506,10 +631,17 @@ def test_evaluate_equals_its_formulas_however_large_the_mean(mean):
 # ---------------------------------------------------------------------------------------------------- files
 
 
-@pytest.mark.parametrize("cfg, tensors, names", [
-    ({"architecture": "gated"}, {}, "gated"), ({"d_in": 17}, {}, "17"), ({"metadata": [32]}, {}, "JumpReLU"),
-    ({}, {"b_enc": None}, "b_enc"), ({}, {"mask": torch.ones(3)}, "mask"),
-    ({}, {"b_enc": torch.full((32,), np.nan)}, "finite")])
+@pytest.mark.parametrize(
+    "cfg, tensors, names",
+    [
+        ({"architecture": "gated"}, {}, "gated"),
+        ({"d_in": 17}, {}, "17"),
+        ({"metadata": [32]}, {}, "JumpReLU"),
+        ({}, {"b_enc": None}, "b_enc"),
+        ({}, {"mask": torch.ones(3)}, "mask"),
+        ({}, {"b_enc": torch.full((32,), np.nan)}, "finite"),
+    ],
+)
 def test_a_damaged_checkpoint_is_refused_by_name(here, cfg, tensors, names):
     tensors = {**safetensors.torch.load_file(f"run/{msae.WEIGHTS}"), **tensors}
     tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
@@ -522,17 +654,29 @@ def test_a_damaged_checkpoint_is_refused_by_name(here, cfg, tensors, names):
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64", ">f4"])
 def test_every_row_is_read_once_an_epoch_in_a_seeded_order(tmp_path, monkeypatch, dtype):
     monkeypatch.setattr(msae, "POOL_BYTES", 4000)  # a ninth of the file
-    data = np.arange(900 * 2, dtype=np.float64).reshape(-1, 3, 2).astype(dtype)  # (docs, positions, D)
+    data = (
+        np.arange(900 * 2, dtype=np.float64).reshape(-1, 3, 2).astype(dtype)
+    )  # (docs, positions, D)
     np.save(tmp_path / "a.npy", data)
-    reader, whole = msae.Rows(tmp_path / "a.npy"), torch.from_numpy(data.reshape(-1, 2).astype("f4"))
+    reader, whole = (
+        msae.Rows(tmp_path / "a.npy"),
+        torch.from_numpy(data.reshape(-1, 2).astype("f4")),
+    )
     batches = list(itertools.islice(reader.batches(100, seed=1), 18))
     epochs = torch.cat(batches).view(2, 900, 2)
-    assert all(torch.equal(epoch.sort(dim=0).values, whole) for epoch in epochs) and not torch.equal(*epochs)
-    assert all(torch.equal(batch, next(reader.batches(100, 1, start))) for start, batch in enumerate(batches))
+    assert all(
+        torch.equal(epoch.sort(dim=0).values, whole) for epoch in epochs
+    ) and not torch.equal(*epochs)
+    assert all(
+        torch.equal(batch, next(reader.batches(100, 1, start)))
+        for start, batch in enumerate(batches)
+    )
     assert not torch.equal(batches[0], next(reader.batches(100, seed=2)))
     shares = [next(reader.batches(300, 1, 0, rank, 3)) for rank in range(3)]  # of three processes
     assert torch.equal(torch.cat(shares).sort(dim=0).values, whole)
-    rest, aside = ({row[0] for row in part.read().tolist()} for part in reader.split_off(0.1, seed=0))
+    rest, aside = (
+        {row[0] for row in part.read().tolist()} for part in reader.split_off(0.1, seed=0)
+    )
     assert len(rest) == 810 and len(aside) == 90 and rest.isdisjoint(aside)
 
 
@@ -546,19 +690,27 @@ def test_shards_are_read_in_name_order_as_one_file_and_tensors_as_they_are(tmp_p
     np.save(tmp_path / "d.npy", rows(10, 5))
     (tmp_path / "none").mkdir()
     strange = np.ma.ones((3, 4)), torch.ones(3, 4).to_sparse(), torch.ones(3, 4, device="meta")
-    for source, names in ((tmp_path, "d.npy .*4 .*got 5"), (tmp_path / "none", "none"), ([[1.0]], "list"),
-                          *zip(strange, ("MaskedArray", "the tensor", "the tensor"))):
+    for source, names in (
+        (tmp_path, "d.npy .*4 .*got 5"),
+        (tmp_path / "none", "none"),
+        ([[1.0]], "list"),
+        *zip(strange, ("MaskedArray", "the tensor", "the tensor")),
+    ):
         with pytest.raises(ValueError, match=names):
             msae.Rows(source)
     data = torch.from_numpy(data).bfloat16()
-    assert torch.equal(torch.cat([part.read() for part in msae.Rows(data).successive(77)]), data.float())
+    assert torch.equal(
+        torch.cat([part.read() for part in msae.Rows(data).successive(77)]), data.float()
+    )
 
 
 def massive(n, every=128, length=300):
     """``rows(n)``, every 128th of which is replaced by a row 300 times as far out as the median one."""
     data = rows(n)
     distance = np.linalg.norm(data - np.median(data, axis=0), axis=1)
-    data[::every] = np.median(data, axis=0) + length * np.median(distance) * np.eye(16, dtype="f4")[3]
+    data[::every] = (
+        np.median(data, axis=0) + length * np.median(distance) * np.eye(16, dtype="f4")[3]
+    )
     return data, np.delete(data, np.s_[::every], axis=0)
 
 
@@ -566,15 +718,21 @@ def test_massive_rows_are_left_out_wherever_rows_are_read_and_counted(tmp_path, 
     monkeypatch.setattr(msae, "POOL_BYTES", 4 * 16 * 3000)
     data, near = massive(12_800)
     np.save(tmp_path / "a.npy", data)
-    with pytest.warns(UserWarning, match=r"0.7\d% of 12,800 sampled rows .*10 times .* 299 times: left out"):
+    with pytest.warns(
+        UserWarning, match=r"0.7\d% of 12,800 sampled rows .*10 times .* 299 times: left out"
+    ):
         reader = msae.Rows(tmp_path / "a.npy")
     median = np.median(np.linalg.norm(data - np.median(data, axis=0), axis=1))
-    assert reader.radius == pytest.approx(10 * median, rel=1e-3)  # torch takes the lower of the middle two
+    assert reader.radius == pytest.approx(
+        10 * median, rel=1e-3
+    )  # torch takes the lower of the middle two
     assert np.array_equal(reader.read(), near) and len(reader) == 12_800
     assert np.array_equal(torch.cat([part.read() for part in reader.successive(500)]), near)
     epoch = list(itertools.islice(reader.batches(128, seed=1), 100))
     assert {tuple(row) for batch in epoch for row in batch.tolist()} == {*map(tuple, near.tolist())}
-    assert all(torch.equal(batch, next(reader.batches(128, 1, start))) for start, batch in enumerate(epoch))
+    assert all(
+        torch.equal(batch, next(reader.batches(128, 1, start))) for start, batch in enumerate(epoch)
+    )
     sae = msae.MatryoshkaSAE(16, 8)
     figures, expected = msae.evaluate(sae, data), msae.evaluate(sae, near)
     assert msae.evaluate(sae, reader, max_norm=2) == figures  # the limit of the rows stays
@@ -582,24 +740,34 @@ def test_massive_rows_are_left_out_wherever_rows_are_read_and_counted(tmp_path, 
     assert figures["fvu"] == pytest.approx(expected["fvu"]) and figures["dead"] == expected["dead"]
 
 
-@pytest.mark.parametrize("every, length", [(15, 300), (1, 0), (3, 9)])  # too many; all the same; none so far
+@pytest.mark.parametrize(
+    "every, length", [(15, 300), (1, 0), (3, 9)]
+)  # too many; all the same; none so far
 def test_rows_that_are_no_outliers_are_never_left_out(every, length, recwarn):
     data, _ = massive(3000, every, length)
     reader = msae.Rows(data)
     assert np.array_equal(reader.read(), data)
-    assert [str(each.message)[-20:] for each in recwarn] == ["too many to leave out"[-20:]] * (every == 15)
+    assert [str(each.message)[-20:] for each in recwarn] == ["too many to leave out"[-20:]] * (
+        every == 15
+    )
 
 
 def test_training_on_massive_rows_is_training_on_the_others(here):
     data, near = massive(20_000)
     with pytest.warns(UserWarning, match="left out"):
         sae = msae.train(data, config(steps=300))
-    saes = sae, msae.train(near, config(steps=300)), msae.train(data, config(steps=300, max_norm=1e6))
+    saes = (
+        sae,
+        msae.train(near, config(steps=300)),
+        msae.train(data, config(steps=300, max_norm=1e6)),
+    )
     ours, alone, ruined = (msae.evaluate(each, near)["fvu"] for each in saes)
     assert ours < 1.1 * alone and ruined > 1.5 * alone
     np.save("massive.npy", data)
     output = run(*TRAIN, "--acts", "massive.npy", "--out", "new")
-    assert "left out" in output and re.search(r"2,0\d\d held-out rows, \d\d too far out to count", output)
+    assert "left out" in output and re.search(
+        r"2,0\d\d held-out rows, \d\d too far out to count", output
+    )
     found = json.loads(Path("new", "eval.json").read_text())
     assert found["rows"] + found["left_out"] in range(1900, 2100) and found["left_out"] > 5
     output = run("eval", "new", "--acts", "massive.npy")
@@ -610,6 +778,7 @@ def test_training_on_massive_rows_is_training_on_the_others(here):
 def test_reading_stays_small_and_never_maps_the_file(tmp_path, monkeypatch):
     def work():
         import resource
+
         for source in (small, big, np.load(big, mmap_mode="r")):
             list(map(len, itertools.islice(msae.Rows(source).batches(256, 0), 130)))
             print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
@@ -636,16 +805,27 @@ def test_a_file_that_shrinks_while_it_is_read_is_an_error(tmp_path, monkeypatch)
 
 # ----------------------------------------------------------------------------------------------- never lost
 
-EVERYTHING = dict(prefixes=None, n_prefixes=4, order="energy", n_latents_start=40, dead_after=640, steps=60,
-                  k_start=8, k_anneal_steps=30)
+EVERYTHING = dict(
+    prefixes=None,
+    n_prefixes=4,
+    order="energy",
+    n_latents_start=40,
+    dead_after=640,
+    steps=60,
+    k_start=8,
+    k_anneal_steps=30,
+)
 
 
 def same_run(a, b):
     def read(folder):
         lines = [json.loads(line) for line in (folder / msae.METRICS).read_text().splitlines()]
-        return {"log": [{**line, "rows_per_second": None} for line in lines],
-                "state": torch.load(folder / msae.STATE, weights_only=True)["trainer"],
-                **{name: (folder / name).read_bytes() for name in (msae.CONFIG, msae.WEIGHTS)}}
+        return {
+            "log": [{**line, "rows_per_second": None} for line in lines],
+            "state": torch.load(folder / msae.STATE, weights_only=True)["trainer"],
+            **{name: (folder / name).read_bytes() for name in (msae.CONFIG, msae.WEIGHTS)},
+        }
+
     return same(read(Path(a)), read(Path(b)))
 
 
@@ -661,17 +841,25 @@ def test_a_resumed_run_is_bit_identical(tmp_path, stop):
         msae.train(rows(5000), config(**EVERYTHING), out=tmp_path / folder, log_every=1, **options)
 
     train("whole")
-    with pytest.raises(KeyboardInterrupt):  # after the log's line of this step, before its checkpoint
+    with pytest.raises(
+        KeyboardInterrupt
+    ):  # after the log's line of this step, before its checkpoint
         train("cut", save_minutes=0, on_log=interrupt)
     assert steps_on_disk(tmp_path / "cut") == stop - 1
     train("cut", resume=True)
     assert same_run(tmp_path / "whole", tmp_path / "cut")
 
 
-@pytest.mark.parametrize("change, changes, out, names", [
-    (np.copy, dict(k=5.0), "run", "k .*4.5, got 5.0"), (np.copy, dict(steps=21), "run", "steps .* got 21"),
-    (lambda x: x[1:], {}, "run", "rows"), (lambda x: x * 2, {}, "run", "checksum"),
-    (np.copy, {}, None, "out")])
+@pytest.mark.parametrize(
+    "change, changes, out, names",
+    [
+        (np.copy, dict(k=5.0), "run", "k .*4.5, got 5.0"),
+        (np.copy, dict(steps=21), "run", "steps .* got 21"),
+        (lambda x: x[1:], {}, "run", "rows"),
+        (lambda x: x * 2, {}, "run", "checksum"),
+        (np.copy, {}, None, "out"),
+    ],
+)
 def test_resuming_something_else_is_refused_by_name(tmp_path, change, changes, out, names):
     msae.train(rows(1000), config(), out=tmp_path / "run")
     with pytest.raises((ValueError, OSError), match=names):
@@ -679,8 +867,12 @@ def test_resuming_something_else_is_refused_by_name(tmp_path, change, changes, o
 
 
 @pytest.mark.parametrize("fault, names", [("bad row", "NaN"), ("callback", "no room")])
-def test_bad_rows_met_late_or_a_callback_that_fails_keep_the_steps_done(tmp_path, monkeypatch, fault, names):
-    show = unittest.mock.Mock(side_effect=[None] * 6 + [OSError("no room") if fault == "callback" else None])
+def test_bad_rows_met_late_or_a_callback_that_fails_keep_the_steps_done(
+    tmp_path, monkeypatch, fault, names
+):
+    show = unittest.mock.Mock(
+        side_effect=[None] * 6 + [OSError("no room") if fault == "callback" else None]
+    )
     bad = rows(64)
     reader, after = msae.Rows(rows(2000)), msae.Rows(bad)
     if fault == "bad row":
@@ -694,14 +886,24 @@ def test_bad_rows_met_late_or_a_callback_that_fails_keep_the_steps_done(tmp_path
 
 def test_a_second_ctrl_c_acts_at_once(tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        msae.train(rows(1000), config(), out=tmp_path, log_every=1,
-                   on_log=lambda figures: list(map(signal.raise_signal, [signal.SIGINT] * 2)))
+        msae.train(
+            rows(1000),
+            config(),
+            out=tmp_path,
+            log_every=1,
+            on_log=lambda figures: list(map(signal.raise_signal, [signal.SIGINT] * 2)),
+        )
     assert steps_on_disk(tmp_path) == 0
 
 
 @needs_fork
 def test_killed_at_random_moments_and_resumed_the_weights_are_the_same(here):
-    command, moments, kills, process = [*TRAIN, "--steps", 300, "--pareto", 4], random.Random(0), 0, None
+    command, moments, kills, process = (
+        [*TRAIN, "--steps", 300, "--pareto", 4],
+        random.Random(0),
+        0,
+        None,
+    )
     run(*command, "--out", "whole")
     while process is None or process.exitcode != 0:
         process = forked([*command, "--out", "cut", "--save-minutes", 0, "--resume"], "output")
@@ -737,31 +939,48 @@ def test_a_signal_saves_and_says_how_to_go_on_unless_the_shell_ignores_it(here, 
 
 @needs_fork
 def test_ctrl_c_in_a_shell_saves(here):
-    process = subprocess.Popen([sys.executable, HERE / "cli.py", *ENDLESS], stdout=subprocess.PIPE,
-                               stderr=subprocess.STDOUT, text=True,
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    process = subprocess.Popen(
+        [sys.executable, HERE / "cli.py", *ENDLESS],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     assert process.stdout.readline().startswith("2,718 rows of width 16, 282 more held out;")
     assert process.stdout.readline().startswith("train  step 50/")
     process.send_signal(signal.SIGINT)
-    assert "--resume" in process.communicate()[0] and process.returncode == 130 and steps_on_disk("new") >= 50
+    assert (
+        "--resume" in process.communicate()[0]
+        and process.returncode == 130
+        and steps_on_disk("new") >= 50
+    )
 
 
 @needs_fork
-@pytest.mark.parametrize("command, name", [
-    (RESUME, msae.STATE), ([*TRAIN, "--out", "new"], msae.STATE), (HARVEST, "rows.npy")],
-                         ids=["run", "new", "rows"])
+@pytest.mark.parametrize(
+    "command, name",
+    [(RESUME, msae.STATE), ([*TRAIN, "--out", "new"], msae.STATE), (HARVEST, "rows.npy")],
+    ids=["run", "new", "rows"],
+)
 def test_a_full_disk_is_one_line_and_what_was_there_stays(here, command, name):
     def work():
         import resource
+
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))  # a write beyond fails as on a full disk
+        resource.setrlimit(
+            resource.RLIMIT_FSIZE, (4000, 4000)
+        )  # a write beyond fails as on a full disk
         typed(*command)
 
     before = {file: content for file, content in files().items() if file.name != msae.METRICS}
     process = forked(work, "output")
     process.join()
     output = Path("output").read_text()
-    assert process.exitcode == 1 and "Traceback" not in output and name in " ".join(output.splitlines()[-2:])
+    assert (
+        process.exitcode == 1
+        and "Traceback" not in output
+        and name in " ".join(output.splitlines()[-2:])
+    )
     assert before.items() <= files().items()
     if name == msae.STATE:
         run(*command, "--resume")  # when there is room again
@@ -772,7 +991,12 @@ def two(*command):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    place = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+    }
     return [forked(command, f"output{rank}", RANK=rank, LOCAL_RANK=rank, **place) for rank in "01"]
 
 
@@ -802,7 +1026,9 @@ def test_two_processes_stay_identical_and_train_as_well_as_one(tmp_path, monkeyp
 
 
 @needs_fork
-@pytest.mark.parametrize("how, code", [("lost process", 1), ("Ctrl-C", 130), ("SIGTERM to one", 143)])
+@pytest.mark.parametrize(
+    "how, code", [("lost process", 1), ("Ctrl-C", 130), ("SIGTERM to one", 143)]
+)
 def test_a_lost_process_or_a_signal_ends_the_job_with_a_checkpoint_to_resume(here, how, code):
     first, second = two(*ENDLESS)
     wait_for_step_50(first, "output0")
@@ -821,9 +1047,18 @@ def test_a_lost_process_or_a_signal_ends_the_job_with_a_checkpoint_to_resume(her
 # --------------------------------------------------------------------------------------------- toy, probing
 
 HIDDEN = {"active_prob": 0.6, "is_read_out": False, "children": [{"active_prob": 0.5}]}
-TREE = {"active_prob": 1.0, "is_read_out": False, "children": [
-    {"active_prob": 0.5, "mutually_exclusive_children": True, "children": [{"active_prob": 0.3}, HIDDEN]},
-    {"active_prob": 0.25, "is_binary": False, "id": "loud"}]}
+TREE = {
+    "active_prob": 1.0,
+    "is_read_out": False,
+    "children": [
+        {
+            "active_prob": 0.5,
+            "mutually_exclusive_children": True,
+            "children": [{"active_prob": 0.3}, HIDDEN],
+        },
+        {"active_prob": 0.25, "is_binary": False, "id": "loud"},
+    ],
+}
 
 
 def test_tree_samples_have_the_probabilities_of_the_spec():
@@ -833,26 +1068,43 @@ def test_tree_samples_have_the_probabilities_of_the_spec():
     assert (z > 0).float().mean(dim=0).tolist() == pytest.approx([0.5, 0.15, 0.15, 0.25], abs=0.005)
     parent, first, second, loud = z.T
     assert not ((first > 0) & (second > 0)).any()  # the hidden node excludes its sibling
-    assert not (((first > 0) | (second > 0)) & (parent == 0)).any() and set(parent.tolist()) == {0.0, 1.0}
+    assert not (((first > 0) | (second > 0)) & (parent == 0)).any() and set(parent.tolist()) == {
+        0.0,
+        1.0,
+    }
     loud = loud[loud > 0]
-    assert loud.min() >= 0.5 and loud.max() < 1.5 and float(loud.mean()) == pytest.approx(1, abs=0.01)
+    assert (
+        loud.min() >= 0.5 and loud.max() < 1.5 and float(loud.mean()) == pytest.approx(1, abs=0.01)
+    )
 
 
 def test_toy_config_is_the_published_tree():
     tree = msae.FeatureTree(toy_settings()["tree"], seed=3)
     z = tree.sample_features(100_000, torch.Generator().manual_seed(0))
-    assert z.mean(dim=0).tolist() == pytest.approx([0.15, 0.03, 0.03, 0.03] * 3 + [0.05] * 8, abs=0.004)
+    assert z.mean(dim=0).tolist() == pytest.approx(
+        [0.15, 0.03, 0.03, 0.03] * 3 + [0.05] * 8, abs=0.004
+    )
     gram = tree.directions @ tree.directions.T
     assert (gram - gram.diag().diag()).abs().max() < 1e-5
     assert float(tree.directions.norm(dim=1).mean()) == pytest.approx(1, abs=0.05)
     assert torch.equal(tree.sample(200, 5), tree.sample(200, 5))
 
 
-@pytest.mark.parametrize("spec, names", [
-    ([], "tree is not"), ({"active_prob": 1.5}, "active_prob must"), ({"children": []}, "d_model"),
-    ({"children": 3}, "tree is not"), ({"prob": 1}, "'prob'"),
-    ({"children": [TREE, {**TREE, "children": [{"active_prob": "x"}]}]}, "children[1] is not a node: chil"),
-    ({"mutually_exclusive_children": True, "children": [TREE, TREE]}, "may sum to 1")])
+@pytest.mark.parametrize(
+    "spec, names",
+    [
+        ([], "tree is not"),
+        ({"active_prob": 1.5}, "active_prob must"),
+        ({"children": []}, "d_model"),
+        ({"children": 3}, "tree is not"),
+        ({"prob": 1}, "'prob'"),
+        (
+            {"children": [TREE, {**TREE, "children": [{"active_prob": "x"}]}]},
+            "children[1] is not a node: chil",
+        ),
+        ({"mutually_exclusive_children": True, "children": [TREE, TREE]}, "may sum to 1"),
+    ],
+)
 def test_a_bad_tree_is_refused_by_field(spec, names):
     with pytest.raises(ValueError, match=re.escape(names)):
         msae.FeatureTree({**TREE, **spec} if spec else spec)
@@ -861,12 +1113,21 @@ def test_a_bad_tree_is_refused_by_field(spec, names):
 def test_true_dictionary_is_clean_and_absorption_is_seen():
     tree, sae = msae.FeatureTree(TREE), msae.MatryoshkaSAE(4, 4)
     unit = tree.directions / tree.directions.norm(dim=1, keepdim=True)
-    sae.load_state_dict({"W_enc": unit.T, "b_enc": torch.zeros(4), "W_dec": unit, "b_dec": torch.zeros(4),
-                         "threshold": torch.full((4,), 1e-3)})  # above rounding
+    sae.load_state_dict(
+        {
+            "W_enc": unit.T,
+            "b_enc": torch.zeros(4),
+            "W_dec": unit,
+            "b_dec": torch.zeros(4),
+            "threshold": torch.full((4,), 1e-3),
+        }
+    )  # above rounding
     figures = msae.toy_figures(sae, tree, seed=0)
     assert figures["clean"] == 4 and figures["fvu"] < 1e-6
     assert [pair["rate"] for pair in figures["absorption"]] == [0, 0]
-    sae.W_enc.data[:, 0] -= 2 * unit[1]  # the parent's latent falls silent where the first child is on
+    sae.W_enc.data[:, 0] -= (
+        2 * unit[1]
+    )  # the parent's latent falls silent where the first child is on
     assert [pair["rate"] for pair in msae.toy_figures(sae, tree, seed=0)["absorption"]] == [1, 0]
 
 
@@ -879,16 +1140,25 @@ def test_matryoshka_recovers_every_toy_feature_and_their_tree_and_vanilla_absorb
     rates = [max(pair["rate"] for pair in figures["absorption"]) for figures in (ours, vanilla)]
     assert rates[0] < 0.05 and rates[1] > 0.5
     features = tree.sample_features(10_000, torch.Generator().manual_seed(2))
-    x, y = features @ tree.directions, features[:, [0, 4, 8]] > 0  # the parents as labels, without the tree
+    x, y = (
+        features @ tree.directions,
+        features[:, [0, 4, 8]] > 0,
+    )  # the parents as labels, without the tree
     ours, vanilla = (msae.probe(sae, x, y) for sae in saes)
     assert ours["raw"]["accuracy"] == vanilla["raw"]["accuracy"] == 1.0
-    ours_silent, vanilla_silent = (figures["prefixes"][-1]["main_silent"] for figures in (ours, vanilla))
+    ours_silent, vanilla_silent = (
+        figures["prefixes"][-1]["main_silent"] for figures in (ours, vanilla)
+    )
     assert ours_silent < 0.01 and vanilla_silent > 0.1 and ours["prefixes"][-1]["splitting"] == 1
     cli.toy_page(tmp_path / "look.html", saes[0], tree)
     data = page_data(tmp_path / "look.html")
     feature = {latent: number for number, (latent, cosine, parent) in enumerate(data["truth"])}
     found = {feature[l["latent"]]: l["parent"] and feature[l["parent"][0]] for l in data["latents"]}
-    assert found == dict(enumerate(tree.parent_of)) == {n: truth[2] for n, truth in enumerate(data["truth"])}
+    assert (
+        found
+        == dict(enumerate(tree.parent_of))
+        == {n: truth[2] for n, truth in enumerate(data["truth"])}
+    )
 
 
 def test_logistic_regression_is_at_the_minimum_of_its_formula():
@@ -906,14 +1176,19 @@ def test_logistic_regression_is_at_the_minimum_of_its_formula():
 def test_probe_scores_by_hand():
     y, seen = torch.tensor([[1], [1], [1], [0], [0]]).bool(), torch.tensor([[1, 1, 0, 1, 0]]).bool()
     scores, by_label = msae.probe_scores(seen, y)
-    assert scores == pytest.approx({"accuracy": 3 / 5, "f1": 2 / 3}) and by_label == pytest.approx([2 / 3])
+    assert scores == pytest.approx({"accuracy": 3 / 5, "f1": 2 / 3}) and by_label == pytest.approx(
+        [2 / 3]
+    )
 
 
 def test_probe_tells_absorption_from_splitting_and_from_a_missing_latent():
     # 40 children, one at a time, of a label that has a latent which is silent on them, so that each child's
     # latent carries the label too, but splits it by 1/80 only; without the children's, it is missing there
     g = torch.Generator().manual_seed(0)
-    label, child = torch.rand(16_000, 1, generator=g) < 0.5, torch.randint(80, (16_000, 1), generator=g)
+    label, child = (
+        torch.rand(16_000, 1, generator=g) < 0.5,
+        torch.randint(80, (16_000, 1), generator=g),
+    )
     x = torch.cat([label, label & (child == torch.arange(40))], dim=1).float()
     sae = msae.MatryoshkaSAE(41, 41)
     sae.W_dec.data.copy_(torch.eye(41))
@@ -938,12 +1213,20 @@ def test_probe_finds_the_latent_of_a_label_and_its_splitting():
     sae.b_enc.data.copy_(torch.tensor([0.0, -1.0, 0]))
     figures = msae.probe(sae, on.float(), on[:, :2])
     short, level = figures["prefixes"]
-    assert figures["raw"] == {"accuracy": 1.0, "f1": 1.0} and (short["latents"], level["latents"]) == (1, 3)
+    assert figures["raw"] == {"accuracy": 1.0, "f1": 1.0} and (
+        short["latents"],
+        level["latents"],
+    ) == (1, 3)
     assert level["main_silent"] == pytest.approx(0.2, abs=0.03) and level["splitting"] == 1.5
     assert level["absorption_by_label"] == [0, 0]  # what is split in two is none
-    assert level["probes"][0]["f1"] < 0.95 > short["probes"][0]["f1"] and level["probes"][1]["f1"] == 1.0
+    assert (
+        level["probes"][0]["f1"] < 0.95 > short["probes"][0]["f1"]
+        and level["probes"][1]["f1"] == 1.0
+    )
     with pytest.raises(ValueError, match="label 1 needs"):
-        msae.probe(sae, on.float(), on[:, :2] | torch.tensor([False, True]))  # every row has label 1
+        msae.probe(
+            sae, on.float(), on[:, :2] | torch.tensor([False, True])
+        )  # every row has label 1
 
 
 # -------------------------------------------------------------------------------------------- language models
@@ -953,7 +1236,7 @@ def naive_tiny_model(state, ids, n_layers=3, n_heads=16):
     """noanabeshima/tiny_model, one text and one head at a time: logits and all residual streams."""
     logits, streams = [], []
     for text in ids:
-        x, stream = state["embed.weight"][text] + state["pos_embed"][0, :len(text)], []
+        x, stream = state["embed.weight"][text] + state["pos_embed"][0, : len(text)], []
         for i in range(n_layers):
             stream.append(x)
             part = {key.removeprefix(f"torso.{i}."): value for key, value in state.items()}
@@ -987,11 +1270,20 @@ class Canary:  # leaves a file behind if it is unpickled
         return Path.touch, (Path("canary"),)
 
 
-class Wrapped(torch.nn.Module):  # a block in the manner of other libraries: input by name, a tuple out
+class Wrapped(
+    torch.nn.Module
+):  # a block in the manner of other libraries: input by name, a tuple out
     def __init__(self):
         super().__init__()
-        self.linear, self.last, self.block = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4), torch.nn.Module()
-        self.block.forward = lambda hidden_states, scale=1.0: (self.linear(hidden_states) * scale, "cache")
+        self.linear, self.last, self.block = (
+            torch.nn.Linear(4, 4),
+            torch.nn.Linear(4, 4),
+            torch.nn.Module(),
+        )
+        self.block.forward = lambda hidden_states, scale=1.0: (
+            self.linear(hidden_states) * scale,
+            "cache",
+        )
 
     def forward(self, input_ids, attention_mask=None):
         return self.last(self.block(hidden_states=torch.eye(4)[input_ids], scale=2.0)[0])
@@ -999,14 +1291,23 @@ class Wrapped(torch.nn.Module):  # a block in the manner of other libraries: inp
 
 @torch.no_grad()
 def test_the_hook_captures_and_replaces_inputs_and_tuple_outputs():
-    with pytest.raises(ValueError, match="must be called"), msae.activation_hook(torch.nn.Linear(2, 2)):
+    with (
+        pytest.raises(ValueError, match="must be called"),
+        msae.activation_hook(torch.nn.Linear(2, 2)),
+    ):
         pass
     model, ids, empty = Wrapped().eval(), torch.tensor([[0, 1, 3]]), torch.nn.Module()
-    with msae.activation_hook(model.block, "input") as inputs, msae.activation_hook(model.block) as outputs:
+    with (
+        msae.activation_hook(model.block, "input") as inputs,
+        msae.activation_hook(model.block) as outputs,
+    ):
         plain = model(ids)
     one_hot, zero, empty.forward = torch.eye(4)[ids], torch.zeros(1, 3, 4), lambda: None
     assert torch.equal(inputs[0], one_hot) and torch.equal(outputs[0], 2 * model.linear(one_hot))
-    for at, expected in (("input", model.last(2 * model.linear(zero))), ("output", model.last(zero))):
+    for at, expected in (
+        ("input", model.last(2 * model.linear(zero))),
+        ("output", model.last(zero)),
+    ):
         with msae.activation_hook(model.block, at, replace=lambda x: x.double() * 0):
             torch.testing.assert_close(model(ids), expected)
         with pytest.raises(ValueError, match=f"{at} .*NoneType"), msae.activation_hook(empty, at):
@@ -1022,12 +1323,16 @@ def test_harvest_writes_the_rows_of_the_stream_and_no_wasted_layer(tmp_path, mon
     expected = captured[0][(ids != 1) & (ids != 2)]
     monkeypatch.setattr(model.torso[2], "forward", None)
     source = model, model.torso[1], ids.split(7)
-    n = msae.harvest(*source, tmp_path / "a", "input", drop=(1, 2), dtype="float32", on_rows=seen.append)
+    n = msae.harvest(
+        *source, tmp_path / "a", "input", drop=(1, 2), dtype="float32", on_rows=seen.append
+    )
     assert n == len(expected) == 40 * 16 - 20 == seen[-1] and len(seen) == 6
     np.testing.assert_allclose(np.load(tmp_path / "a"), expected, rtol=1e-5, atol=1e-6)
     assert msae.harvest(*source, tmp_path / "b", "input", drop=(1, 2), max_rows=123) == 123
     half = np.load(tmp_path / "b")
-    assert half.dtype == np.float16 and half.shape == (123, 32) and len(list(tmp_path.iterdir())) == 4
+    assert (
+        half.dtype == np.float16 and half.shape == (123, 32) and len(list(tmp_path.iterdir())) == 4
+    )
     place = ((ids != 1) & (ids != 2)).nonzero()  # text and position of each row
     texts = torch.stack([place[:, 0], ids[place[:, 0], place[:, 1]]], dim=1)
     for name, m in (("a", n), ("b", 123)):
@@ -1042,16 +1347,31 @@ def test_harvest_of_another_model_leaves_padding_out(tmp_path):
     assert msae.harvest(model, model.block, [batch], tmp_path / "a", dtype="float32") == 4
     expected = 2 * model.linear(torch.eye(4)).detach()
     np.testing.assert_allclose(np.load(tmp_path / "a"), expected, rtol=1e-5)
-    assert msae.harvest(model, model.block, [batch], tmp_path / "b", drop=(0,)) == 3 and mask.sum() == 4
+    assert (
+        msae.harvest(model, model.block, [batch], tmp_path / "b", drop=(0,)) == 3
+        and mask.sum() == 4
+    )
 
 
-@pytest.mark.parametrize("names, options", [
-    ("be called", {"module": torch.nn.ReLU()}), ("at least 1 row", {"drop": range(50)}),
-    ("fit in float16", {}), ("evaluation mode", {"model": tiny().train()})])
+@pytest.mark.parametrize(
+    "names, options",
+    [
+        ("be called", {"module": torch.nn.ReLU()}),
+        ("at least 1 row", {"drop": range(50)}),
+        ("fit in float16", {}),
+        ("evaluation mode", {"model": tiny().train()}),
+    ],
+)
 def test_a_harvest_that_fails_leaves_no_file(tmp_path, names, options):
     model, ids = tiny(), torch.ones(3, 4, 9, dtype=torch.long)
     model.torso[0].mlp["write_out"].bias.data.fill_(1e5 if names == "fit in float16" else 0)
-    source = {"model": model, "module": model.torso[0], "batches": ids, "out": tmp_path / "a.npy", **options}
+    source = {
+        "model": model,
+        "module": model.torso[0],
+        "batches": ids,
+        "out": tmp_path / "a.npy",
+        **options,
+    }
     with pytest.raises(ValueError, match=names):
         msae.harvest(**source)
     assert not list(tmp_path.iterdir())
@@ -1077,14 +1397,27 @@ def test_a_harvest_that_is_cut_leaves_a_whole_file_of_its_rows(tmp_path, monkeyp
         msae.harvest(**source, out="cut.npy")
 
 
-@pytest.mark.parametrize("line, names", [
-    ("{", ""), ("[1, 2]", ""), ('{"tok_ids": 7}', ""), ('{"ids": [1]}', ""), ('{"tok_ids": "12"}', ""),
-    ('{"tok_ids": [1.5, 2]}', "whole"),
-    ('{"tok_ids": [1, 50]}', "50.*got 2 with 50"), ('{"tok_ids": [-1, 5]}', "got 2 with -1"),
-    ('{"tok_ids": []}', ""),
-    ('{"tok_ids": [1, 2, 3]}', "2 .*got 3"), ('{"tok_ids": [%s1]}' % ("1, " * 256), "256 ids.*got 257"),
-    ('{"tok_ids": [1, 99999999999999999999]}', ""), ('{"tok_ids": [[1], [2]]}', ""), ("[" * 10**5, ""),
-    ("\u00ff", "")], ids=range(15))
+@pytest.mark.parametrize(
+    "line, names",
+    [
+        ("{", ""),
+        ("[1, 2]", ""),
+        ('{"tok_ids": 7}', ""),
+        ('{"ids": [1]}', ""),
+        ('{"tok_ids": "12"}', ""),
+        ('{"tok_ids": [1.5, 2]}', "whole"),
+        ('{"tok_ids": [1, 50]}', "50.*got 2 with 50"),
+        ('{"tok_ids": [-1, 5]}', "got 2 with -1"),
+        ('{"tok_ids": []}', ""),
+        ('{"tok_ids": [1, 2, 3]}', "2 .*got 3"),
+        ('{"tok_ids": [%s1]}' % ("1, " * 256), "256 ids.*got 257"),
+        ('{"tok_ids": [1, 99999999999999999999]}', ""),
+        ('{"tok_ids": [[1], [2]]}', ""),
+        ("[" * 10**5, ""),
+        ("\u00ff", ""),
+    ],
+    ids=range(15),
+)
 def test_a_bad_line_of_tokens_is_named_by_its_number(tmp_path, line, names):
     good = '{"tok_ids": [1, 2]}\n'
     (tmp_path / "ids.jsonl").write_bytes(f"{good}{good}{line}\n{good}".encode("latin-1"))
@@ -1106,9 +1439,17 @@ def test_loss_recovered_by_hand():
 
     clean, zeroed = loss(lambda x: x), loss(lambda x: 0 * x)
     short, full = loss(lambda x: sae.decode(sae.encode(x, 16))), loss(sae)
-    found = [figures["clean"], figures["zeroed"], *(level["spliced"] for level in figures["prefixes"])]
-    assert found == pytest.approx([clean, zeroed, short, full], rel=1e-5) and figures["tokens"] == 60
-    assert figures["prefixes"][0]["recovered"] == pytest.approx((zeroed - short) / (zeroed - clean), rel=1e-3)
+    found = [
+        figures["clean"],
+        figures["zeroed"],
+        *(level["spliced"] for level in figures["prefixes"]),
+    ]
+    assert (
+        found == pytest.approx([clean, zeroed, short, full], rel=1e-5) and figures["tokens"] == 60
+    )
+    assert figures["prefixes"][0]["recovered"] == pytest.approx(
+        (zeroed - short) / (zeroed - clean), rel=1e-3
+    )
 
 
 # --------------------------------------------------------------------------------------------- command line
@@ -1128,9 +1469,21 @@ def test_toy_command_writes_figures_and_picture(here):
 
 
 def test_options_override_the_config_and_a_new_run_takes_a_new_folder(here):
-    settings = b'\xef\xbb\xbf{"n_latents_start": 32,\r\n"n_prefixes": 4, "steps": 99, "lr": 0.01}\r\n'
+    settings = (
+        b'\xef\xbb\xbf{"n_latents_start": 32,\r\n"n_prefixes": 4, "steps": 99, "lr": 0.01}\r\n'
+    )
     Path("config.json").write_bytes(settings)  # as Windows writes
-    command = [*TRAIN, "--config", "config.json", "--prefixes", "0.25,0.5,1", "--spare", "16", "--seed", "1"]
+    command = [
+        *TRAIN,
+        "--config",
+        "config.json",
+        "--prefixes",
+        "0.25,0.5,1",
+        "--spare",
+        "16",
+        "--seed",
+        "1",
+    ]
     for folder in ("runs/acts-32", "runs/acts-32-2"):
         output = run(*command)
         assert folder in output and "FVU" in output
@@ -1147,39 +1500,75 @@ def test_baseline_trains_the_vanilla_twin_and_resume_finds_the_newest_folder(her
     assert "acts-32-2/vanilla was finished before" in output
     assert set(os.listdir("runs")) == {"acts-32", "acts-32-2"}
     assert re.search(r"vanilla +32 +0\.\d{4} +\d\.\d\d +0\.\d{3} +\d+\.\d\d%", output)
-    ours, vanilla = (msae.MatryoshkaSAE.load(Path("runs/acts-32-2", name)) for name in ("", "vanilla"))
+    ours, vanilla = (
+        msae.MatryoshkaSAE.load(Path("runs/acts-32-2", name)) for name in ("", "vanilla")
+    )
     assert vanilla.prefixes == (32,) and ours.prefixes == (2, 4, 8, 16, 32)
     assert {**ours.metadata["training"], "prefixes": [32]} == vanilla.metadata["training"]
 
 
-@pytest.mark.parametrize("change, names", [
-    (lambda x: x.astype(int), "int64"), (lambda x: x.ravel(), "(48000,)"), (lambda x: x[:0], "(0, 16)"),
-    (lambda x: np.where(x == x[1234, 3], np.nan, x), "row 1234"), (lambda x: np.array([{"a": 1}]), "bad.npy"),
-    (lambda x: np.where(x == x[7, 3], np.inf, x), "row 7"), (lambda x: x[:60], "batch_size"),
-    (lambda x: x * 0, "differ"), (lambda x: x * 1e-20, "distance"), (lambda x: x * 1e20, "distance"),
-    (lambda x: x * 0 + 5, "distance"), (lambda x: x + 1e8, "distance"), (lambda x: b"", "bad.npy"),
-    (lambda x: b"activations", "bad.npy"), (lambda x: Path("acts.npy").read_bytes()[:-100], "bad.npy")])
+@pytest.mark.parametrize(
+    "change, names",
+    [
+        (lambda x: x.astype(int), "int64"),
+        (lambda x: x.ravel(), "(48000,)"),
+        (lambda x: x[:0], "(0, 16)"),
+        (lambda x: np.where(x == x[1234, 3], np.nan, x), "row 1234"),
+        (lambda x: np.array([{"a": 1}]), "bad.npy"),
+        (lambda x: np.where(x == x[7, 3], np.inf, x), "row 7"),
+        (lambda x: x[:60], "batch_size"),
+        (lambda x: x * 0, "differ"),
+        (lambda x: x * 1e-20, "distance"),
+        (lambda x: x * 1e20, "distance"),
+        (lambda x: x * 0 + 5, "distance"),
+        (lambda x: x + 1e8, "distance"),
+        (lambda x: b"", "bad.npy"),
+        (lambda x: b"activations", "bad.npy"),
+        (lambda x: Path("acts.npy").read_bytes()[:-100], "bad.npy"),
+    ],
+)
 def test_bad_rows_get_one_line_and_leave_no_trace(here, change, names):
     content = change(rows(3000))
-    Path("bad.npy").write_bytes(content) if isinstance(content, bytes) else np.save("bad.npy", content)
+    Path("bad.npy").write_bytes(content) if isinstance(content, bytes) else np.save(
+        "bad.npy", content
+    )
     before = files()
     assert names in refused(*TRAIN, "--acts", "bad.npy") and files() == before
 
 
 BAD_COMMANDS = {  # beside the good options; and what the message must name
-    "train --acts no.npy": "no.npy", "train --out run": "run", "train --out rubbish --resume": "rubbish",
-    "train --prefixes 8,x": "--prefixes", "train --device none": "none", "train --device cuda:9": "cuda:9",
-    "train --config new.json": "'learning_rate'", "eval --acts tiny.pt": "tiny.pt",
-    "train --config list.json": "list.json", "train --latents many": "many", "eval --labels 2.npy": "0 and 1",
-    "harvest --model no.pt": "no.pt is not there", "harvest --model canary.pt": "canary.pt",
-    "harvest --tokens no.jsonl": "no.jsonl", "harvest --tokens bad.jsonl": "line 301",
-    "harvest --layer 4": "4 must be at most 3", "harvest --max-rows 0": "--max-rows",
-    "harvest --out acts.npy": "acts.npy exists", "eval --labels ids.npy": "(300, 20)",
-    "eval --labels acts.npy": "float16", "eval --tokens ids.jsonl --model tiny.pt --layer 2": "torso.1.input",
-    "look --acts tiny.pt": "tiny.pt", "look --ids ids.npy": "(3000, 2)", "look --ids acts.npy": "float16",
-    "look --vocab list.json": "list.json", "look --vocab canary.pt": "canary.pt", "look --ids no": "no",
-    "look --out ids.npy": "--out", "look --acts wide.npy": "of width 16, wide.npy has 4",
-    "toy --config list.json": "list.json", f"toy --seed {10**30}": "--seed", "bench --k 9": "got 9",
+    "train --acts no.npy": "no.npy",
+    "train --out run": "run",
+    "train --out rubbish --resume": "rubbish",
+    "train --prefixes 8,x": "--prefixes",
+    "train --device none": "none",
+    "train --device cuda:9": "cuda:9",
+    "train --config new.json": "'learning_rate'",
+    "eval --acts tiny.pt": "tiny.pt",
+    "train --config list.json": "list.json",
+    "train --latents many": "many",
+    "eval --labels 2.npy": "0 and 1",
+    "harvest --model no.pt": "no.pt is not there",
+    "harvest --model canary.pt": "canary.pt",
+    "harvest --tokens no.jsonl": "no.jsonl",
+    "harvest --tokens bad.jsonl": "line 301",
+    "harvest --layer 4": "4 must be at most 3",
+    "harvest --max-rows 0": "--max-rows",
+    "harvest --out acts.npy": "acts.npy exists",
+    "eval --labels ids.npy": "(300, 20)",
+    "eval --labels acts.npy": "float16",
+    "eval --tokens ids.jsonl --model tiny.pt --layer 2": "torso.1.input",
+    "look --acts tiny.pt": "tiny.pt",
+    "look --ids ids.npy": "(3000, 2)",
+    "look --ids acts.npy": "float16",
+    "look --vocab list.json": "list.json",
+    "look --vocab canary.pt": "canary.pt",
+    "look --ids no": "no",
+    "look --out ids.npy": "--out",
+    "look --acts wide.npy": "of width 16, wide.npy has 4",
+    "toy --config list.json": "list.json",
+    f"toy --seed {10**30}": "--seed",
+    "bench --k 9": "got 9",
 }
 
 
@@ -1191,18 +1580,30 @@ def test_a_bad_command_gets_one_line_and_leaves_no_trace(here, monkeypatch, comm
     torch.save(Canary(), "canary.pt")
     msae.write("list.json", [1])
     msae.write("new.json", {"learning_rate": 1})
-    msae.write("bad.jsonl", Path("ids.jsonl").read_bytes() + json.dumps({"tok_ids": [10_000] * 20}).encode())
+    msae.write(
+        "bad.jsonl",
+        Path("ids.jsonl").read_bytes() + json.dumps({"tok_ids": [10_000] * 20}).encode(),
+    )
     shutil.copytree("run", "rubbish")
     msae.write(f"rubbish/{msae.STATE}", b"?")
     before, (name, *words) = files(), command.split()
-    good = {"train": TRAIN, "harvest": HARVEST, "eval": EVAL, "toy": TOY, "bench": BENCH, "look": LOOK}[name]
+    good = {
+        "train": TRAIN,
+        "harvest": HARVEST,
+        "eval": EVAL,
+        "toy": TOY,
+        "bench": BENCH,
+        "look": LOOK,
+    }[name]
     assert BAD_COMMANDS[command] in refused(*good, *words) and files() == before
 
 
 def test_harvest_train_and_eval_from_tokens_to_a_verdict(here):
     ids, n = np.load("ids.npy"), 300 * 19 - 50 * 5
     for name in ("ids.npy", "ids.jsonl"):
-        assert np.array_equal(np.concatenate([part.reshape(-1, 20) for part in cli.read_tokens(name)]), ids)
+        assert np.array_equal(
+            np.concatenate([part.reshape(-1, 20) for part in cli.read_tokens(name)]), ids
+        )
     with unittest.mock.patch("shutil.disk_usage", return_value=unittest.mock.Mock(free=1000)):
         assert "0.0 GB" in refused(*HARVEST)
     assert f"{n:,} rows" in run(*HARVEST)
@@ -1211,31 +1612,61 @@ def test_harvest_train_and_eval_from_tokens_to_a_verdict(here):
     assert json.loads(Path("rows.npy.json").read_text()) == about
     run(*TRAIN, "--acts", "rows.npy", "--baseline", "--out", "new")
     np.save("labels.npy", ids[(ids != msae.BEGIN) & (ids != msae.PAD)] % 3 * 10)
-    output = run("eval", "new", "new/vanilla", "--acts", "rows.npy", "--labels", "labels.npy",
-                 "--tokens", "ids.jsonl", "--model", "tiny.pt", "--layer", 2, "--max-tokens", 1000)
+    output = run(
+        "eval",
+        "new",
+        "new/vanilla",
+        "--acts",
+        "rows.npy",
+        "--labels",
+        "labels.npy",
+        "--tokens",
+        "ids.jsonl",
+        "--model",
+        "tiny.pt",
+        "--layer",
+        2,
+        "--max-tokens",
+        1000,
+    )
     assert all(word in output for word in ("recovered", "absorbed", "k=5"))
     for folder, levels in (("new", 5), ("new/vanilla", 1)):
-        assert json.loads(Path(folder, "eval.json").read_text())["rows"] < n / 2  # of training, left alone
+        assert (
+            json.loads(Path(folder, "eval.json").read_text())["rows"] < n / 2
+        )  # of training, left alone
         found = json.loads(Path(folder, "eval-rows.json").read_text())
         expected = msae.evaluate(msae.MatryoshkaSAE.load(folder), "rows.npy")
         assert {key: found[key] for key in expected} == expected and found["rows"] == n
-        assert all(len(part["prefixes"]) == levels for part in (found, found["loss"], found["labels"]))
+        assert all(
+            len(part["prefixes"]) == levels for part in (found, found["loss"], found["labels"])
+        )
         assert found["labels"]["labels"] == ["0", "10", "20"] and found["loss"]["clean"] < 20
 
 
 def test_one_dimension_and_one_row_are_said_in_words(here):
     np.save("line.npy", rows(3000, 1))
     output = run(*TRAIN, "--acts", "line.npy", "--out", "line")
-    assert "hold" not in output and json.loads(Path("line/eval.json").read_text())["massive"]["dims"] == 1
+    assert (
+        "hold" not in output
+        and json.loads(Path("line/eval.json").read_text())["massive"]["dims"] == 1
+    )
     for name, bad in (("one", rows(1)), ("same", rows(9) * 0 + 5)):
         np.save(f"{name}.npy", bad)
         assert "rows must differ" in refused("eval", "run", "--acts", f"{name}.npy")
 
 
 @needs_fork
-@pytest.mark.parametrize("command, file", [
-    (EVAL, "run/eval-acts.json"), ([*TRAIN, "--out", "new"], "new/eval.json"), (HARVEST, "rows.npy"),
-    (TOY, "toys/look.html"), (LOOK, "page.html")], ids=["eval", "train", "harvest", "toy", "look"])
+@pytest.mark.parametrize(
+    "command, file",
+    [
+        (EVAL, "run/eval-acts.json"),
+        ([*TRAIN, "--out", "new"], "new/eval.json"),
+        (HARVEST, "rows.npy"),
+        (TOY, "toys/look.html"),
+        (LOOK, "page.html"),
+    ],
+    ids=["eval", "train", "harvest", "toy", "look"],
+)
 @pytest.mark.parametrize("stream", ["closed", "full", "ascii"])
 def test_figures_are_written_whatever_becomes_of_the_terminal(here, stream, command, file):
     def work():
@@ -1257,24 +1688,34 @@ def test_figures_are_written_whatever_becomes_of_the_terminal(here, stream, comm
     assert Path(file).stat().st_size > 1000
 
 
-@pytest.mark.parametrize("names", [["0", "1", "2"], ["4", "5"], ["1"]], ids=["columns", "numbers", "0 or 1"])
+@pytest.mark.parametrize(
+    "names", [["0", "1", "2"], ["4", "5"], ["1"]], ids=["columns", "numbers", "0 or 1"]
+)
 def test_the_labels_of_some_of_many_rows_stay_beside_them(here, names):
     data = np.random.default_rng(0).normal(size=(30_000, 3))
     np.save("acts.npy", data)
-    labels = {3: data > 0.5, 2: (data[:, 0] > 0.5) + 4, 1: data[:, :1] > 0.5}[len(names)].astype(int)
+    labels = {3: data > 0.5, 2: (data[:, 0] > 0.5) + 4, 1: data[:, :1] > 0.5}[len(names)].astype(
+        int
+    )
     labels[:3] = 9 if len(names) == 2 else 0  # of which there are too few
     np.save("labels.npy", labels)
     msae.MatryoshkaSAE(3, 8).save("run")
-    assert ("without: 9\n" in run(*EVAL, "--labels", "labels.npy", "--out", "one.json")) == (len(names) == 2)
+    assert ("without: 9\n" in run(*EVAL, "--labels", "labels.npy", "--out", "one.json")) == (
+        len(names) == 2
+    )
     found = json.loads(Path("one.json").read_text())["labels"]
-    assert found["labels"] == names and 19_000 < found["rows"] <= 20_000 and found["raw"]["f1"] > 0.98
+    assert (
+        found["labels"] == names and 19_000 < found["rows"] <= 20_000 and found["raw"]["f1"] > 0.98
+    )
 
 
 def test_every_help_shows_an_example_and_bench_the_step_beside_the_product():
     for command in ("toy", "train", "harvest", "eval", "look", "push", "bench"):
         assert f"python cli.py {command}" in run(command, "--help") and command in run("--help")
     assert ".." not in run("--help").split("Commands:")[1] and msae.__version__ in run("--version")
-    assert re.search("(?s)8 . 2 spare latents.*encoder product alone.* x the product.*rows per", run(*BENCH))
+    assert re.search(
+        "(?s)8 . 2 spare latents.*encoder product alone.* x the product.*rows per", run(*BENCH)
+    )
 
 
 # --------------------------------------------------------------------------------------------------- look
@@ -1282,6 +1723,7 @@ def test_every_help_shows_an_example_and_bench_the_step_beside_the_product():
 
 class Page(html.parser.HTMLParser):
     """Checks that every element is closed in order, and keeps the text of each script."""
+
     stack, scripts = (), ()
 
     def handle_starttag(self, tag, attributes):
@@ -1312,18 +1754,27 @@ def naive_figures(codes, ends, cosine, i):
             fits[p] = cos * min(1, a.max() / codes[:, p].max())
     best, bins = max(fits, key=fits.get), np.minimum(15, a * 16 // (a.max() or 1))
     nearest = sorted(set(range(len(cosine))) - {i}, key=lambda j: -cosine[i, j])[:5]
-    return {"latent": i, "share": np.mean(a > 0), "max": a.max(), "mean": a.sum() / max(1, np.sum(a > 0)),
-            "histogram": [np.sum((a > 0) & (bins == bin)) for bin in range(16)],
-            "largest": sorted(a.nonzero()[0], key=lambda row: -a[row])[:10],
-            "nearest": pytest.approx(np.array([(j, cosine[i, j]) for j in nearest]), abs=1e-6),
-            "parent": best and pytest.approx((best, fits[best]))}
+    return {
+        "latent": i,
+        "share": np.mean(a > 0),
+        "max": a.max(),
+        "mean": a.sum() / max(1, np.sum(a > 0)),
+        "histogram": [np.sum((a > 0) & (bins == bin)) for bin in range(16)],
+        "largest": sorted(a.nonzero()[0], key=lambda row: -a[row])[:10],
+        "nearest": pytest.approx(np.array([(j, cosine[i, j]) for j in nearest]), abs=1e-6),
+        "parent": best and pytest.approx((best, fits[best])),
+    }
 
 
 def test_the_figures_of_latents_and_their_tree_equal_a_naive_loop():
     g, sae = np.random.default_rng(0), msae.MatryoshkaSAE(12, 12, (3, 8, 12))
     codes, parents = g.random((600, 12)) * (g.random((600, 12)) < 0.2), {}
     codes[:, 11] = 0  # never on
-    for parent, child, size in ((1, 5, 1.0), (5, 9, 0.9), (0, 6, 0.3)):  # the last one too small for a child
+    for parent, child, size in (
+        (1, 5, 1.0),
+        (5, 9, 0.9),
+        (0, 6, 0.3),
+    ):  # the last one too small for a child
         codes[:, child] = np.where(g.random(600) < 0.4, size * codes[:, parent], 0)
     codes[70] = 1e4
     sae.W_enc.data, codes = torch.eye(12), codes.astype(np.float32).astype(float)
@@ -1334,7 +1785,9 @@ def test_the_figures_of_latents_and_their_tree_equal_a_naive_loop():
     entries = [(row, n, codes[row, n]) for row, n in zip(*codes.nonzero())]
     row_of_entry = np.arange(600).repeat(np.diff(sparse.starts))
     assert entries == [*zip(row_of_entry, sparse.latent, sparse.value)]
-    cosine = torch.nn.functional.cosine_similarity(sae.W_dec[:, None], sae.W_dec, dim=2).detach().numpy()
+    cosine = (
+        torch.nn.functional.cosine_similarity(sae.W_dec[:, None], sae.W_dec, dim=2).detach().numpy()
+    )
     for figures, at, acts in msae.latent_figures(sae, sparse, [0, *range(3, 12)]):
         a, random = codes[:, figures["latent"]], figures.pop("random")
         assert np.array_equal(at, a.nonzero()[0]) and np.array_equal(acts, a[a > 0])
@@ -1347,12 +1800,26 @@ def test_the_figures_of_latents_and_their_tree_equal_a_naive_loop():
 def test_the_page_shows_tokens_in_their_text_as_text(here):
     run("look", "run", "--vocab", "vocab.json")  # the rows of training, the ids beside them
     data, x = page_data("run/look.html"), torch.from_numpy(np.load("acts.npy")).float()
-    tokens = ["the", " Cat", VOCABULARY[2], "⏎", VOCABULARY[4], "\\u0000", "6"]  # the last by its number
+    tokens = [
+        "the",
+        " Cat",
+        VOCABULARY[2],
+        "⏎",
+        VOCABULARY[4],
+        "\\u0000",
+        "6",
+    ]  # the last by its number
     assert data["tokens"] == [tokens[id] for id in np.load("acts.ids.npy")[:, 1]]
     sample = page_data(HERE / "look.html")
     assert sample.keys() == data.keys() and sample["latents"][0].keys() == data["latents"][0].keys()
     codes = msae.MatryoshkaSAE.load("run").encode(x).detach().numpy()
-    assert [l["latent"] for l in data["latents"]] == [*range(32)] and data["ends"] == [2, 4, 8, 16, 32]
+    assert [l["latent"] for l in data["latents"]] == [*range(32)] and data["ends"] == [
+        2,
+        4,
+        8,
+        16,
+        32,
+    ]
     for l, acts in zip(data["latents"], codes.T):
         assert l["share"] == pytest.approx(np.mean(acts > 0), rel=1e-3)
         for context in l["largest"] + l["random"]:
@@ -1364,7 +1831,9 @@ def test_the_page_shows_tokens_in_their_text_as_text(here):
             assert context["act"] == pytest.approx(acts[row], rel=1e-3)
     shutil.copytree("run", "runs/mine")
     Path("acts.ids.npy").unlink()
-    run("look", "--acts", "acts.npy", "--rows", 500, "--latents", 9)  # the newest checkpoint, without tokens
+    run(
+        "look", "--acts", "acts.npy", "--rows", 500, "--latents", 9
+    )  # the newest checkpoint, without tokens
     data = page_data("runs/mine/look.html")
     assert len(data["latents"]) == 9 and data["about"].startswith("470 rows") and not data["tokens"]
     first = data["latents"][0]["largest"][0]
@@ -1372,16 +1841,30 @@ def test_the_page_shows_tokens_in_their_text_as_text(here):
     assert set(first["others"]) <= {*others} and len(first["others"]) >= min(8, len(others))
 
 
-@pytest.mark.parametrize("content, texts", [
-    (["a", "Ġb"], {0: "a", 1: " b"}), ({"▁x": 5, "": 7}, {5: " x", 7: "∅"}), ([["▁u", -1]], {0: " u"}),
-    ({"model": {"vocab": {"ĠÃ©": 1, "Ċ": 0}}, "added_tokens": [{"id": 2, "content": "<|é|>"}]},
-     {1: " é", 0: "⏎", 2: "<|é|>"})])
+@pytest.mark.parametrize(
+    "content, texts",
+    [
+        (["a", "Ġb"], {0: "a", 1: " b"}),
+        ({"▁x": 5, "": 7}, {5: " x", 7: "∅"}),
+        ([["▁u", -1]], {0: " u"}),
+        (
+            {
+                "model": {"vocab": {"ĠÃ©": 1, "Ċ": 0}},
+                "added_tokens": [{"id": 2, "content": "<|é|>"}],
+            },
+            {1: " é", 0: "⏎", 2: "<|é|>"},
+        ),
+    ],
+)
 def test_vocabularies_and_ids_of_every_kind(tmp_path, content, texts):
     msae.write(tmp_path / "vocab.json", content)
     assert cli.read_vocab(tmp_path / "vocab.json") == texts
     for shape, document in (((3, 4), 1), (12, 0)):
         np.save(tmp_path / "ids.npy", np.arange(12, dtype=np.uint64).reshape(shape) + 2**63)
-        assert [n[5] for n in cli.token_ids(tmp_path / "ids.npy", tmp_path, 12)] == [document, 2**63 + 5]
+        assert [n[5] for n in cli.token_ids(tmp_path / "ids.npy", tmp_path, 12)] == [
+            document,
+            2**63 + 5,
+        ]
     for name in ("ids", "two"):  # a folder of rows and what harvest writes beside them
         np.save(tmp_path / f"{name}.npy", rows(6))
         np.save(tmp_path / f"{name}.ids.npy", np.full((6, 2), len(name)))
@@ -1393,7 +1876,14 @@ def browser(tmp_path):
     """A function that has headless Chromium carry out a command of its DevTools protocol, over two pipes."""
     (commands, to), (back, replies) = os.pipe(), os.pipe()
     switches = f"--headless --no-sandbox --remote-debugging-pipe --user-data-dir={tmp_path}/home"
-    words = ["bash", "-c", f'exec "$@" 3<&{commands} 4>&{replies}', "-", CHROMIUM, *switches.split()]
+    words = [
+        "bash",
+        "-c",
+        f'exec "$@" 3<&{commands} 4>&{replies}',
+        "-",
+        CHROMIUM,
+        *switches.split(),
+    ]
     process = subprocess.Popen(words, pass_fds=(commands, replies), stderr=subprocess.DEVNULL)
     os.close(replies)
     stream, number, session = os.fdopen(back, "rb"), itertools.count(), {}
@@ -1401,7 +1891,9 @@ def browser(tmp_path):
     def call(method, **params):
         message = {"id": next(number), "method": method, "params": params, **session}
         os.write(to, json.dumps(message).encode() + b"\0")
-        while (found := json.loads(b"".join(iter(lambda: stream.read(1), b"\0")))).get("id") != message["id"]:
+        while (found := json.loads(b"".join(iter(lambda: stream.read(1), b"\0")))).get(
+            "id"
+        ) != message["id"]:
             call.events.append(found["method"])
         return found.get("result", {})
 
@@ -1424,11 +1916,15 @@ def test_in_a_browser_links_lead_on_tokens_are_found_and_foreign_text_does_nothi
         return found.get("result", {}).get("value")
 
     def click(where):  # on a link; what is then shown
-        return js("new Promise(done => { onhashchange = () => done(document.querySelector('h2').innerText); "
-                  f"document.querySelector('{where}').click() }})")
+        return js(
+            "new Promise(done => { onhashchange = () => done(document.querySelector('h2').innerText); "
+            f"document.querySelector('{where}').click() }})"
+        )
 
     tree, sae = msae.FeatureTree(toy_settings()["tree"]), msae.MatryoshkaSAE(20, 20, (3, 20))
-    order = sorted(range(20), key=lambda feature: feature not in (0, 4, 8))  # those with children first
+    order = sorted(
+        range(20), key=lambda feature: feature not in (0, 4, 8)
+    )  # those with children first
     sae.W_dec.data, sae.W_enc.data = tree.directions[order], tree.directions[order].T.contiguous()
     sae.save("tree")
     np.save("tree.npy", tree.sample(2000, 0))
@@ -1438,25 +1934,39 @@ def test_in_a_browser_links_lead_on_tokens_are_found_and_foreign_text_does_nothi
         browser(f"{domain}.enable")
     browser("Page.navigate", url=Path("tree/look.html").resolve().as_uri() + "#latent-17")
     end = time.monotonic() + 60
-    while js("document.readyState + document.querySelector('h2')?.textContent") != "completeLatent 17":
+    while (
+        js("document.readyState + document.querySelector('h2')?.textContent") != "completeLatent 17"
+    ):
         assert time.monotonic() < end
     number, beside = int(click("nav > details > details a").split()[1]), ".relations .line"
     assert number < 3 <= int(click(beside).split()[1])  # its child
     assert click(beside) == f"Latent {number}"  # whose parent it is
-    found = js("const box = document.querySelector('#find'); box.value = 'CAT'; "
-               "box.dispatchEvent(new Event('input', {bubbles: true})); "
-               "[...document.querySelectorAll('nav .line')].map(a => a.textContent).join('|')")
+    found = js(
+        "const box = document.querySelector('#find'); box.value = 'CAT'; "
+        "box.dispatchEvent(new Event('input', {bubbles: true})); "
+        "[...document.querySelectorAll('nav .line')].map(a => a.textContent).join('|')"
+    )
     assert found and all(" Cat" in line for line in found.split("|"))
     assert js("document.querySelectorAll('img, script').length") == 2
-    assert not {"Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded",
-                "Page.javascriptDialogOpening"} & {*browser.events}
+    assert not {
+        "Runtime.exceptionThrown",
+        "Runtime.consoleAPICalled",
+        "Log.entryAdded",
+        "Page.javascriptDialogOpening",
+    } & {*browser.events}
 
 
 # ----------------------------------------------------------------------------------- the Hub and neighbours
 
 
-class Hub(http.server.BaseHTTPRequestHandler):  # what a push and a load need of its API; weights go by LFS
-    repos, large, refuse = {}, {}, {}  # {name: {path: bytes}}, {sha256: bytes}, {last part of a path: status}
+class Hub(
+    http.server.BaseHTTPRequestHandler
+):  # what a push and a load need of its API; weights go by LFS
+    repos, large, refuse = (
+        {},
+        {},
+        {},
+    )  # {name: {path: bytes}}, {sha256: bytes}, {last part of a path: status}
     protocol_version = "HTTP/1.1"
 
     def answer(self, path, last, body):
@@ -1466,33 +1976,63 @@ class Hub(http.server.BaseHTTPRequestHandler):  # what a push and a load need of
             self.repos["ada/" + sent["name"]] = {}
             return {"url": f"{url}/ada/{sent['name']}"}
         if "/preupload/" in path:
-            lfs, plain = ({"uploadMode": mode, "shouldIgnore": False} for mode in ("lfs", "regular"))
-            return {"files": [{**f, **(lfs if f["path"] == msae.WEIGHTS else plain)} for f in sent["files"]]}
+            lfs, plain = (
+                {"uploadMode": mode, "shouldIgnore": False} for mode in ("lfs", "regular")
+            )
+            return {
+                "files": [
+                    {**f, **(lfs if f["path"] == msae.WEIGHTS else plain)} for f in sent["files"]
+                ]
+            }
         if last == "batch":
-            return {"objects": [{**file, "actions": {"upload": {"href": f"{url}/large/{file['oid']}"}}}
-                                for file in sent["objects"]]}
+            return {
+                "objects": [
+                    {**file, "actions": {"upload": {"href": f"{url}/large/{file['oid']}"}}}
+                    for file in sent["objects"]
+                ]
+            }
         if self.command == "PUT":
             self.large[last] = body
         elif "/commit/" in path:
             for item in (json.loads(line)["value"] for line in body.splitlines()[1:]):
-                content = base64.b64decode(item["content"]) if "content" in item else self.large[item["oid"]]
+                content = (
+                    base64.b64decode(item["content"])
+                    if "content" in item
+                    else self.large[item["oid"]]
+                )
                 self.repos[repo][item["path"]] = content
         elif "/resolve/" in path:
             return self.repos["ada/mine"].get(last, b"")
-        names = [{"rfilename": name, "path": name, "type": "file", "size": 1, "oid": "1"}
-                 for name in self.repos.get(repo, ())]
-        return names if "/tree/" in path else {
-            "id": repo, "sha": "1" * 40, "siblings": names, "commitOid": "1" * 40,
-            "commitUrl": f"{url}/{repo}/commit/{'1' * 40}"}
+        names = [
+            {"rfilename": name, "path": name, "type": "file", "size": 1, "oid": "1"}
+            for name in self.repos.get(repo, ())
+        ]
+        return (
+            names
+            if "/tree/" in path
+            else {
+                "id": repo,
+                "sha": "1" * 40,
+                "siblings": names,
+                "commitOid": "1" * 40,
+                "commitUrl": f"{url}/{repo}/commit/{'1' * 40}",
+            }
+        )
 
     def handle_request(self):
         path = self.path.partition("?")[0]
         last = path.split("/")[-1]
-        content = self.answer(path, last, self.rfile.read(int(self.headers.get("Content-Length") or 0)))
+        content = self.answer(
+            path, last, self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        )
         content = content if isinstance(content, bytes) else json.dumps(content).encode()
         self.send_response(self.refuse.get(last, 404 if "ada/none" in path or not content else 200))
-        for name, value in (("Content-Length", len(content)), ("ETag", last), ("X-Repo-Commit", "1" * 40),
-                            ("X-Error-Code", "" if content else "EntryNotFound")):
+        for name, value in (
+            ("Content-Length", len(content)),
+            ("ETag", last),
+            ("X-Repo-Commit", "1" * 40),
+            ("X-Error-Code", "" if content else "EntryNotFound"),
+        ):
             self.send_header(name, str(value))
         self.end_headers()
         self.wfile.write(b"" if self.command == "HEAD" else content)
@@ -1507,11 +2047,17 @@ def hub(here, tmp_path, monkeypatch):
     monkeypatch.setattr(Hub, "repos", {})
     monkeypatch.setattr(Hub, "refuse", {})
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    threading.Thread(
+        target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
+    ).start()
     url = f"http://127.0.0.1:{server.server_port}"
     template = url + "/{repo_id}/resolve/{revision}/{filename}"
-    for name, value in {"ENDPOINT": url, "HUGGINGFACE_CO_URL_TEMPLATE": template, "HF_HUB_DISABLE_XET": True,
-                        "HF_HUB_CACHE": str(tmp_path / "hub")}.items():
+    for name, value in {
+        "ENDPOINT": url,
+        "HUGGINGFACE_CO_URL_TEMPLATE": template,
+        "HF_HUB_DISABLE_XET": True,
+        "HF_HUB_CACHE": str(tmp_path / "hub"),
+    }.items():
         monkeypatch.setattr(huggingface_hub.constants, name, value, raising=False)
     monkeypatch.setenv("HF_TOKEN", "hf_good")
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # before the client tries again
@@ -1541,23 +2087,37 @@ def test_push_without_arguments_load_and_the_snippets_of_the_card(hub):
     as_they_are = PUSHED & {*os.listdir("run")} - {"cfg.json"}
     assert all(pushed[name] == Path("run", name).read_bytes() for name in as_they_are)
     ours, local = msae.MatryoshkaSAE.load("ada/mine"), msae.MatryoshkaSAE.load("run")
-    assert local.metadata.pop("acts").endswith("acts.npy")  # a path of this machine is not for others
+    assert local.metadata.pop("acts").endswith(
+        "acts.npy"
+    )  # a path of this machine is not for others
     assert same(ours, local) and ours.prefixes == local.prefixes and ours.metadata == local.metadata
     card, found = pushed["README.md"].decode(), json.loads(pushed["eval-acts.json"])
     figures = "{fvu:.4f} {l0:.2f} {dead:.2%} {max_cosine:.3f} 3,000".format(**found).split()
-    assert found["rows"] == 3000 and all(figure in card for figure in figures) and "| 2 | 0." in card
+    assert (
+        found["rows"] == 3000 and all(figure in card for figure in figures) and "| 2 | 0." in card
+    )
     snippets, names = re.findall(r"```python\n(.*?)```", card, re.DOTALL), {}
-    for snippet in snippets[:2 if importlib.util.find_spec("sae_lens") else 1]:
+    for snippet in snippets[: 2 if importlib.util.find_spec("sae_lens") else 1]:
         exec(snippet, names)
         assert names["codes"].shape == (8, 32) and names["recon"].shape == (8, 16)
 
 
-@pytest.mark.parametrize("options, passed, printed", [
-    ("--private --token t", {"private": True, "token": "t"}, ""),
-    ("--revision small", {"revision": "small", "branch": "small", "private": None}, "/tree/small"),
-    ("--create-pr", {"create_pr": True, "revision": None}, "/pr/1")])
+@pytest.mark.parametrize(
+    "options, passed, printed",
+    [
+        ("--private --token t", {"private": True, "token": "t"}, ""),
+        (
+            "--revision small",
+            {"revision": "small", "branch": "small", "private": None},
+            "/tree/small",
+        ),
+        ("--create-pr", {"create_pr": True, "revision": None}, "/pr/1"),
+    ],
+)
 def test_the_options_of_push_pass_through(api, options, passed, printed):
-    api.create_commit.return_value.pr_url = "https://hub/ada/mine/pr/1" if "create_pr" in passed else None
+    api.create_commit.return_value.pr_url = (
+        "https://hub/ada/mine/pr/1" if "create_pr" in passed else None
+    )
     assert run("push", "run", "ada/mine", *options.split()) == f"https://hub/ada/mine{printed}\n"
     sent = {name: value for call in api.mock_calls for name, value in call.kwargs.items()}
     assert passed.items() <= sent.items()
@@ -1567,14 +2127,19 @@ def test_dry_run_shows_files_and_card_and_touches_no_network(api):
     output = run("push", "run", "--dry-run")
     assert not api.create_repo.called and not api.create_commit.called and "YOUR_NAME/run" in output
     assert set(re.findall(r"^ +[\d,]+  (\S+)$", output, re.MULTILINE)) == PUSHED
-    assert all(word in output for word in ("library_name: saelens", 'base_model: "ada/tiny"', "ada/rows"))
+    assert all(
+        word in output for word in ("library_name: saelens", 'base_model: "ada/tiny"', "ada/rows")
+    )
     Path("run/eval-acts.json").unlink()
     assert "no evaluation" in run("push", "run", "--dry-run")
 
 
 def test_a_push_that_cannot_be_is_refused_in_one_line_without_the_token(api):
     assert "runs/" in refused("push") and "cfg.json" in refused("push", "nowhere", "ada/mine")
-    for stage, error in (("create_commit", OSError("no\nnet Bearer hf_x")), ("create_repo", KeyError("net"))):
+    for stage, error in (
+        ("create_commit", OSError("no\nnet Bearer hf_x")),
+        ("create_repo", KeyError("net")),
+    ):
         getattr(api, stage).side_effect = error
         line = refused("push", "run", "ada/mine", "--token", "hf_x")
         assert "ada/mine" in line and "net" in line and "hf_x" not in line
@@ -1591,7 +2156,10 @@ def test_what_the_hub_refuses_is_one_line(hub):
 
 
 def test_a_folder_wins_over_a_repository_and_other_names_are_none(here, monkeypatch):
-    asked, sae = unittest.mock.Mock(side_effect=["run", KeyError("x\ny")]), msae.MatryoshkaSAE.load("run")
+    asked, sae = (
+        unittest.mock.Mock(side_effect=["run", KeyError("x\ny")]),
+        msae.MatryoshkaSAE.load("run"),
+    )
     monkeypatch.setattr(huggingface_hub, "snapshot_download", asked)
     assert same(msae.MatryoshkaSAE.load("ada/mine", revision="v1"), sae)
     assert asked.call_args.args[0] == "ada/mine" and asked.call_args.kwargs["revision"] == "v1"
@@ -1606,7 +2174,9 @@ def test_a_folder_wins_over_a_repository_and_other_names_are_none(here, monkeypa
         msae.MatryoshkaSAE.load("run", revision="v1")
 
 
-@pytest.mark.skipif("MSAE_HUB_TEST" not in os.environ, reason="writes a private repository with your token")
+@pytest.mark.skipif(
+    "MSAE_HUB_TEST" not in os.environ, reason="writes a private repository with your token"
+)
 def test_the_real_hub_takes_a_push_and_its_tiny_models_have_the_published_logits(here):
     api = huggingface_hub.HfApi()
     repo = f"{api.whoami()['name']}/msae-test-{os.getpid()}"
@@ -1615,9 +2185,11 @@ def test_the_real_hub_takes_a_push_and_its_tiny_models_have_the_published_logits
         assert same(msae.MatryoshkaSAE.load(repo), msae.MatryoshkaSAE.load("run"))
     finally:
         api.delete_repo(repo, missing_ok=True)
-    for name, expected in {"tiny_model.pt": [13.61935, 27.03831, 14.77878, 15.21049, 19.16437],
-                           "tiny_model_2L_1E.pt": [14.83634, 27.60631, 16.46386, 16.65712, 19.72797],
-                           "tiny_model_2L_3E.pt": [25.15317, 39.79271, 28.82510, 27.84330, 31.72397]}.items():
+    for name, expected in {
+        "tiny_model.pt": [13.61935, 27.03831, 14.77878, 15.21049, 19.16437],
+        "tiny_model_2L_1E.pt": [14.83634, 27.60631, 16.46386, 16.65712, 19.72797],
+        "tiny_model_2L_3E.pt": [25.15317, 39.79271, 28.82510, 27.84330, 31.72397],
+    }.items():
         logits = msae.TinyModel.load(name)(torch.tensor([[9996, 51, 56, 4, 36]]))[0, -1, :5]
         torch.testing.assert_close(logits.detach(), torch.tensor(expected), rtol=1e-4, atol=1e-3)
 
@@ -1629,7 +2201,10 @@ def close_to(theirs, ours, x, tolerance=1e-6):
 
 def test_readme_snippets_run_in_order(hub):
     np.save("acts.npy", rows(5000, 64).astype(np.float16))
-    snippets, names = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL), {}
+    snippets, names = (
+        re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL),
+        {},
+    )
     assert len(snippets) == 6
     for snippet in snippets:
         if "sae_lens" not in snippet or importlib.util.find_spec("sae_lens"):
@@ -1639,34 +2214,58 @@ def test_readme_snippets_run_in_order(hub):
     if importlib.util.find_spec("dictionary_learning"):
         for name in ("nnsight", "zstandard"):  # of its language-model half
             sys.modules.setdefault(name, unittest.mock.MagicMock())
-        theirs = importlib.import_module("dictionary_learning.utils").load_dictionary("runs/theirs", "cpu")[0]
-        close_to(theirs, msae.MatryoshkaSAE.load("runs/mine"), torch.from_numpy(np.load("acts.npy")).float())
+        theirs = importlib.import_module("dictionary_learning.utils").load_dictionary(
+            "runs/theirs", "cpu"
+        )[0]
+        close_to(
+            theirs,
+            msae.MatryoshkaSAE.load("runs/mine"),
+            torch.from_numpy(np.load("acts.npy")).float(),
+        )
         assert theirs.group_sizes.tolist() == [32, 32, 64, 128, 256]
 
 
 def test_saelens_opens_every_checkpoint_and_the_hub(hub):
     sae_lens = pytest.importorskip("sae_lens")
     x, cfg = torch.from_numpy(rows(1000)), config(n_latents_start=40, order="energy", steps=100)
-    msae.train(x, cfg, out="new", save_minutes=0, log_every=20, metadata=ABOUT, on_log=lambda _: close_to(
-        sae_lens.SAE.load_from_disk("new"), msae.MatryoshkaSAE.load("new"), x))
+    msae.train(
+        x,
+        cfg,
+        out="new",
+        save_minutes=0,
+        log_every=20,
+        metadata=ABOUT,
+        on_log=lambda _: close_to(
+            sae_lens.SAE.load_from_disk("new"), msae.MatryoshkaSAE.load("new"), x
+        ),
+    )
     run("push", "new", "ada/mine")
     theirs = sae_lens.SAE.from_pretrained("ada/mine", ".")
     close_to(theirs, msae.MatryoshkaSAE.load("ada/mine"), x)
     metadata = theirs.cfg.metadata
-    assert (metadata.k, list(metadata.prefixes), metadata.hook_name) == (4.5, [4, 12, 32], ABOUT["hook_name"])
+    assert (metadata.k, list(metadata.prefixes), metadata.hook_name) == (
+        4.5,
+        [4, 12, 32],
+        ABOUT["hook_name"],
+    )
 
 
 @pytest.mark.parametrize("centred", [True, False])
 def test_jumprelu_saes_of_saelens_load(tmp_path, centred):
     sae_lens = pytest.importorskip("sae_lens")
     torch.manual_seed(0)
-    settings = sae_lens.BatchTopKTrainingSAEConfig(d_in=16, d_sae=32, k=4, apply_b_dec_to_input=centred)
+    settings = sae_lens.BatchTopKTrainingSAEConfig(
+        d_in=16, d_sae=32, k=4, apply_b_dec_to_input=centred
+    )
     theirs = sae_lens.TrainingSAE.from_dict(settings.to_dict())
     theirs.topk_threshold.fill_(0.01)
     theirs.b_dec.data.normal_()
     theirs.W_dec.data *= torch.rand(32, 1) + 0.5  # no unit rows
     theirs.save_inference_model(tmp_path)
-    theirs, x = sae_lens.SAE.load_from_disk(tmp_path), torch.from_numpy(rows(200, mean=0.5, scale=1.0))
+    theirs, x = (
+        sae_lens.SAE.load_from_disk(tmp_path),
+        torch.from_numpy(rows(200, mean=0.5, scale=1.0)),
+    )
     close_to(theirs, msae.MatryoshkaSAE.load(tmp_path), x, 1e-5)
     theirs.threshold.data.uniform_(0, 0.2)  # per latent
     theirs.save_model(tmp_path)
@@ -1684,7 +2283,9 @@ def test_each_latent_has_its_own_threshold_and_inputs_may_be_uncentred(tmp_path,
     msae.write(tmp_path / "cfg.json", {**cfg, "apply_b_dec_to_input": centred})
     pre = torch.relu((x - sae.b_dec * centred) @ sae.W_enc + sae.b_enc)
     expected = torch.where(pre > sae.threshold, pre, 0)
-    torch.testing.assert_close(msae.MatryoshkaSAE.load(tmp_path).encode(x), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        msae.MatryoshkaSAE.load(tmp_path).encode(x), expected, rtol=1e-4, atol=1e-4
+    )
 
 
 ALONE = """
@@ -1710,18 +2311,27 @@ def test_msae_works_copied_alone_into_a_folder(tmp_path):
 # ------------------------------------------------------------------------------------ numbers under stress
 
 STRESS = {  # what is done to the rows (n, 16), and settings
-    "tiny": (lambda x: x * 1e-4, {}), "huge": (lambda x: x * 1e4, {}), "bounds": (lambda x: x * 1e15, {}),
-    "one dimension 1000 times the others": (lambda x: x * np.where(np.arange(16) == 3, 1000, 1), {}),
+    "tiny": (lambda x: x * 1e-4, {}),
+    "huge": (lambda x: x * 1e4, {}),
+    "bounds": (lambda x: x * 1e15, {}),
+    "one dimension 1000 times the others": (
+        lambda x: x * np.where(np.arange(16) == 3, 1000, 1),
+        {},
+    ),
     "mean 400 times the spread": (lambda x: x + 1000, {}),
     "duplicates": (lambda x: x[np.arange(len(x)) % 50], {}),
     "a third zero rows": (lambda x: x * (np.arange(len(x)) % 3 > 0)[:, None], {}),
     "constant dimensions": (lambda x: x * (np.arange(16) < 3) + 2, {}),
     "one dimension": (lambda x: x[:, :1], dict(n_latents=4, prefixes=None, k=1.5)),
-    "k of 0.5": (lambda x: x, dict(k=0.5)), "k = F": (lambda x: x, dict(k=32)),
+    "k of 0.5": (lambda x: x, dict(k=0.5)),
+    "k = F": (lambda x: x, dict(k=32)),
     "one row": (lambda x: x, dict(batch_size=1)),
     "F < D": (lambda x: x, dict(n_latents=6, prefixes=None, k=2.5)),
     "one latent": (lambda x: x, dict(n_latents=1, prefixes=(1,), k=0.5)),
-    "5,000 latents on 4 dimensions": (lambda x: x[:, :4], dict(n_latents=5000, prefixes=None, steps=20)),
+    "5,000 latents on 4 dimensions": (
+        lambda x: x[:, :4],
+        dict(n_latents=5000, prefixes=None, steps=20),
+    ),
 }
 
 
@@ -1742,16 +2352,54 @@ def test_strange_rows_and_sizes_keep_finite_weights_and_l0(change, settings):
 def test_a_diverged_run_is_refused_and_not_saved(tmp_path, steps):
     with pytest.raises(ValueError, match="diverged.* lr"):
         msae.train(rows(1000), config(lr=9e18, warmup_steps=0, steps=steps), out=tmp_path)
-    assert torch.allclose(msae.MatryoshkaSAE.load(tmp_path).W_dec, msae.Trainer(config(), 16).export().W_dec)
+    assert torch.allclose(
+        msae.MatryoshkaSAE.load(tmp_path).W_dec, msae.Trainer(config(), 16).export().W_dec
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- enemy
 
-FUZZ = int(os.environ.get("MSAE_FUZZ", 130))  # bad inputs, over all kinds; MSAE_FUZZ=2100 takes minutes
-WORDS = ("null", "true", "-1", "0", "1", "17", "9999", str(2**31), str(2**62), "9" * 5000, "0.5", "1e-320",
-         "1e308", "1e999", "NaN", "-Infinity", "", " ", '"x"', '"x\\ny"', "[]", "[[]]", "[1, 2]", "{}",
-         "x\ny", '{"a": 1}', "(10**30, 8)", "'|O'", "'<c8'", "\0", "0.5,1", "[0, 0.999]", "cuda:9", "meta",
-         "..", "é" * 9)
+FUZZ = int(
+    os.environ.get("MSAE_FUZZ", 130)
+)  # bad inputs, over all kinds; MSAE_FUZZ=2100 takes minutes
+WORDS = (
+    "null",
+    "true",
+    "-1",
+    "0",
+    "1",
+    "17",
+    "9999",
+    str(2**31),
+    str(2**62),
+    "9" * 5000,
+    "0.5",
+    "1e-320",
+    "1e308",
+    "1e999",
+    "NaN",
+    "-Infinity",
+    "",
+    " ",
+    '"x"',
+    '"x\\ny"',
+    "[]",
+    "[[]]",
+    "[1, 2]",
+    "{}",
+    "x\ny",
+    '{"a": 1}',
+    "(10**30, 8)",
+    "'|O'",
+    "'<c8'",
+    "\0",
+    "0.5,1",
+    "[0, 0.999]",
+    "cuda:9",
+    "meta",
+    "..",
+    "é" * 9,
+)
 LONG = "[" * 10**5, f"[{'0, ' * 10**5}0]", '{"active_prob": 1, "children": [' * 450 + "]}" * 450
 PARTS = rb"""-?\d[\w.+-]*|"[^"]*"|'[^']*'|\[[^\[\]]*\]|\([^()]*\)|true|null"""
 
@@ -1760,24 +2408,45 @@ def damaged(g, data):
     """``data`` cut, with a bit flipped, bytes put in, a value swapped, or a pickle that leaves a trace."""
     at = g.randrange(g.choice((len(data), min(len(data), 200))))
     part = g.choice(list(re.finditer(PARTS, data[:4000])))
-    swapped = data[:part.start()] + g.choice(WORDS + LONG).encode() + data[part.end():]
-    flipped = data[:at] + bytes([data[at] ^ 1 << g.randrange(8)]) + data[at + 1:]
-    return g.choice((swapped,) * 9 + (data[:at], flipped, data[:at] + g.randbytes(8) + data[at:], data * 2,
-                                      data[:at] + b"\xff" * 8 + data[at + 8:], pickle.dumps(Canary())))
+    swapped = data[: part.start()] + g.choice(WORDS + LONG).encode() + data[part.end() :]
+    flipped = data[:at] + bytes([data[at] ^ 1 << g.randrange(8)]) + data[at + 1 :]
+    return g.choice(
+        (swapped,) * 9
+        + (
+            data[:at],
+            flipped,
+            data[:at] + g.randbytes(8) + data[at:],
+            data * 2,
+            data[:at] + b"\xff" * 8 + data[at + 8 :],
+            pickle.dumps(Canary()),
+        )
+    )
 
 
 NEW, PUSH = [*TRAIN, "--out", "new"], "push run ada/mine --dry-run".split()
 ATTACKS = {  # the command that reads a damaged file; none: its options are bad
-    "acts.npy": NEW, f"run/{msae.WEIGHTS}": EVAL, f"run/{msae.CONFIG}": EVAL, f"run/{msae.STATE}": RESUME,
-    f"run/{msae.METRICS}": RESUME, "toy.json": TOY, "ids.jsonl": HARVEST, "tiny.pt": HARVEST,
+    "acts.npy": NEW,
+    f"run/{msae.WEIGHTS}": EVAL,
+    f"run/{msae.CONFIG}": EVAL,
+    f"run/{msae.STATE}": RESUME,
+    f"run/{msae.METRICS}": RESUME,
+    "toy.json": TOY,
+    "ids.jsonl": HARVEST,
+    "tiny.pt": HARVEST,
     "train.json": "train --acts acts.npy --config train.json --out new".split(),
-    "ids.npy": [*HARVEST, "--tokens", "ids.npy"], "labels.npy": [*EVAL, "--labels", "labels.npy"],
-    "run/eval-acts.json": PUSH, "vocab.json": LOOK, "acts.ids.npy": LOOK, "": None, "stream": None,
+    "ids.npy": [*HARVEST, "--tokens", "ids.npy"],
+    "labels.npy": [*EVAL, "--labels", "labels.npy"],
+    "run/eval-acts.json": PUSH,
+    "vocab.json": LOOK,
+    "acts.ids.npy": LOOK,
+    "": None,
+    "stream": None,
 }
 
 
 def breaking_after(n, error):
     """Standard output that breaks after so many characters."""
+
     def write(stream, text):
         nonlocal n
         n -= len(text)
@@ -1785,19 +2454,26 @@ def breaking_after(n, error):
             raise error
         return io.TextIOWrapper.write(stream, text)
 
-    return unittest.mock.patch.object(click.testing._NamedTextIOWrapper, "write", write, create=True)
+    return unittest.mock.patch.object(
+        click.testing._NamedTextIOWrapper, "write", write, create=True
+    )
 
 
 def attack(name, number):
     g = random.Random(f"{name} {number}")
     words = list(ATTACKS[name] or g.choice((NEW, EVAL, HARVEST, TOY, PUSH, BENCH, LOOK)))
-    stream, error = contextlib.nullcontext(), g.choice((OSError(28, "full"), BrokenPipeError(32, "closed")))
+    stream, error = (
+        contextlib.nullcontext(),
+        g.choice((OSError(28, "full"), BrokenPipeError(32, "closed"))),
+    )
     if name == "stream":
         stream = breaking_after(g.randrange(3000), error)
     elif name:
         Path(name).write_bytes(damaged(g, Path(name).read_bytes()))
     else:
-        option = g.choice([p for p in cli.main.commands[words[0]].params if p.param_type_name == "option"])
+        option = g.choice(
+            [p for p in cli.main.commands[words[0]].params if p.param_type_name == "option"]
+        )
         words += [option.opts[0]] if option.is_flag else [option.opts[0], g.choice(WORDS)]
     before = {path: data for path, data in files().items() if path.name != msae.METRICS}
     signal.alarm(60)
@@ -1808,8 +2484,10 @@ def attack(name, number):
     lines, code, after = result.output.splitlines(), result.exit_code, files()
     errors = [line for line in lines if line.startswith("Error:")]
     kept = {
-        "no traceback": isinstance(result.exception, (SystemExit, type(None))) and code in (0, 1, 2, 130),
-        "one line": (errors == lines[-1:] * (code in (1, 2)) or name == "stream") and len(str(errors)) < 6000,
+        "no traceback": isinstance(result.exception, (SystemExit, type(None)))
+        and code in (0, 1, 2, 130),
+        "one line": (errors == lines[-1:] * (code in (1, 2)) or name == "stream")
+        and len(str(errors)) < 6000,
         "no code run": not Path("canary").exists(),
         "old files stay": code == 0 or before.items() <= after.items(),
         "no part of a file": not any(path.suffix == ".tmp" for path in after),
@@ -1817,7 +2495,11 @@ def attack(name, number):
         "good checkpoint": not Path("new").exists() or msae.MatryoshkaSAE.load("new"),
     }
     broken = [claim for claim, holds in kept.items() if not holds]
-    return f"{name} {number}: {broken} {result.exception!r:.300} {words} {lines[-3:]}\n" if broken else ""
+    return (
+        f"{name} {number}: {broken} {result.exception!r:.300} {words} {lines[-3:]}\n"
+        if broken
+        else ""
+    )
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs limits on memory")
@@ -1825,6 +2507,7 @@ def attack(name, number):
 def test_bad_input_gets_one_line_and_harms_nothing(good, name, tmp_path, monkeypatch):
     def work():
         import resource
+
         most = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + 2**31
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
         for number in range(FUZZ // len(ATTACKS)):
@@ -1836,4 +2519,6 @@ def test_bad_input_gets_one_line_and_harms_nothing(good, name, tmp_path, monkeyp
     monkeypatch.setattr(huggingface_hub, "snapshot_download", no_hub)
     process = forked(work, tmp_path / "output")
     process.join()
-    assert process.exitcode == 0 and not (tmp_path / "output").read_text(), (tmp_path / "output").read_text()
+    assert process.exitcode == 0 and not (tmp_path / "output").read_text(), (
+        tmp_path / "output"
+    ).read_text()
