@@ -1102,13 +1102,9 @@ class Rows:
         if median == 0:  # most rows are the same
             return
         share = float((distances > max_norm * median).float().mean())
-        if share == 0:
-            what = "none"
-        elif share <= 0.05:
-            what = "left out (max_norm)"
-        else:
-            what = "too many to leave out"
+        what = "too many to leave out"
         if share <= 0.05:
+            what = "left out (max_norm)"
             self.centre = centre
             self.radius = max_norm * median
         if share > 0:
@@ -1209,7 +1205,7 @@ class Rows:
         number = self.row_numbers()[int(is_finite.int().argmin())]
         part = int(np.searchsorted(self.part_starts, number, side="right")) - 1
         where = f"{self.parts[part].name}, row {number - self.part_starts[part]},"
-        require(False, f"{where} must be finite as float32", "NaN or infinity")
+        raise ValueError(f"{where} must be finite as float32, got NaN or infinity")
 
     def batches(
         self,
