@@ -41,9 +41,12 @@ from torch.nn.functional import normalize
 import msae
 
 # ------------------------------------------------------------------------------------- the terminal
+# Lines in passing may fail, as they end no work; the table at the end may not.
 
 
 class Terminal(Console):
+    """Standard output, whose end is an error like others."""
+
     def on_broken_pipe(self) -> NoReturn:
         raise  # the BrokenPipeError in hand: rich would exit here, before the work is saved
 
@@ -64,6 +67,8 @@ def say_warning(message: Warning | str, category: type[Warning], *place: Any) ->
 
 
 # --------------------------------------------------------------- options and the group of commands
+# What a user gets wrong ends in one line: click refuses options, with exit code 2, and
+# ``Commands`` says what the library refuses, with exit code 1.
 
 
 class AtLeast(click.IntRange):
@@ -98,10 +103,14 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # options of several commands
 with_device = option("--device", default=DEVICE, callback=available_device, help="Or cuda:1.")
 with_dtype = option(
-    "--dtype", help="float32, bfloat16, float16: of products.  [default: by device]"
+    "--dtype", help="Of the products: float32, bfloat16 or float16.  [default: by device]"
 )
-with_layer = option("--layer", type=AtLeast(0), default=3, help="Stream into it; 4 is the end.")
-with_model = option("--model", "model_path", default="tiny_model.pt", help="A file, or published.")
+with_layer = option(
+    "--layer", type=AtLeast(0), default=3, help="Stream into this block; 4: the end."
+)
+with_model = option(
+    "--model", "model_path", default="tiny_model.pt", help="A file, or a published name."
+)
 with_max_norm = option("--max-norm", type=click.FloatRange(1), default=10, help="As for train.")
 
 
@@ -136,6 +145,8 @@ def main() -> None:
 
 
 # ------------------------------------------------------------ readers of the command line's files
+# Tokens, labels, ids, vocabularies, settings and the newest checkpoint. Each file is checked before
+# the work starts, and an error names the file, and the line if it has some.
 
 NO_ROW = (msae.BEGIN, msae.PAD)  # token ids whose activations are no rows
 SIGNS = {"\n": "⏎", "\t": "⇥", "▁": " "}  # the last is a space in vocabularies of SentencePiece
@@ -149,11 +160,13 @@ def read_json(path: Path) -> dict:
 
 
 def must_be_new(path: Path | None) -> None:
+    """Refuse to write over a file; None stands for a default, which may be."""
     if path is not None and path.exists():
         raise FileExistsError(f"{path} exists: choose another --out")
 
 
 def newest(paths: Iterable[Path]) -> Path | None:
+    """The file that was written last."""
     return max(paths, key=os.path.getmtime, default=None)
 
 
@@ -168,6 +181,7 @@ def newest_checkpoint() -> Path:
 def check_width(
     checkpoint: Path | str, sae: msae.MatryoshkaSAE, acts: str, rows: msae.Rows
 ) -> None:
+    """``ValueError`` unless ``sae`` is for rows as wide as those of ``acts``."""
     width = len(sae.b_dec)
     if width != rows.d_model:
         raise ValueError(f"{checkpoint} is for rows of width {width}, {acts} has {rows.d_model}")
@@ -207,6 +221,7 @@ def lines_of(path: Path | str) -> Iterator[np.ndarray | bytes]:
 
 
 def ids_of_line(line: np.ndarray | bytes) -> np.ndarray:
+    """The token ids (T,) of a row, or of a line of JSON."""
     if isinstance(line, bytes):
         line = json.loads(line)["tok_ids"]
     ids = np.array(line).astype(np.int64, casting="same_kind")  # floats are refused
@@ -346,18 +361,19 @@ def visible(text: str) -> str:
     """``text`` with a sign, or its code, for each character that has no shape."""
     if not text:
         return "∅"
-    shown = ""
+    signs = ""
     for character in text:
         if character in SIGNS:
-            shown += SIGNS[character]
+            signs += SIGNS[character]
         elif character.isprintable():
-            shown += character
+            signs += character
         else:
-            shown += f"\\u{ord(character):04x}"
-    return shown
+            signs += f"\\u{ord(character):04x}"
+    return signs
 
 
 # ------------------------------------------------------------------------------ tables and progress
+# Texts are filled in from the dicts of figures that msae returns and writes as JSON.
 
 FIGURE_COLUMNS = {  # heading: text of a cell, from the figures of a prefix
     "latents": "{latents:,}",
@@ -459,6 +475,7 @@ def training_progress(label: str, n_steps: int) -> Iterator[Callable[[dict], Non
 
 
 # -------------------------------------------------------------------------------------------- train
+# Rows to an SAE, one or, with a vanilla twin, two; their figures on rows held out.
 
 
 @main.command(epilog="Example: python cli.py train --acts shards/ --latents 3072 --pareto 10")
@@ -466,8 +483,8 @@ def training_progress(label: str, n_steps: int) -> Iterator[Callable[[dict], Non
 @option("--latents", "n_latents", type=int, help="Number of latents.  [required, or in --config]")
 @option("--k", type=float, help="Active latents per row, on average.  [default: 30]")
 @option("--prefixes", type=numbers, help="Lengths or fractions.  [default: .0625,.125,.25,.5,1.0]")
-@option("--pareto", "n_prefixes", type=int, help="Instead, sample so many prefixes at each step.")
-@option("--spare", type=AtLeast(0), help="Spare latents at first.  [default: a quarter of F]")
+@option("--pareto", "n_prefixes", type=int, help="Instead, sample this many at every step.")
+@option("--spare", type=AtLeast(0), help="Spare latents at first.  [default: a quarter of them]")
 @option("--baseline", is_flag=True, help="Then train the vanilla twin on the same batches.")
 @option("--steps", type=int, help="Optimizer steps.  [default: 10000]")
 @option("--batch-size", type=int, help="Rows per step, of all processes together.  [default: 2048]")
@@ -580,7 +597,7 @@ def remove_if_empty(folder: Path) -> None:
 def describe_run(
     cfg: msae.TrainConfig, folder: Path, rows: msae.Rows, held_out: msae.Rows, resume: bool
 ) -> str:
-    """The first line of train, said before hours of work, so that a mistake can be seen."""
+    """The first line of train: what a user checks before hours of work."""
     epochs = cfg.steps * cfg.batch_size / max(1, len(rows))
     text = (
         f"{len(rows):,} rows of width {rows.d_model}, {len(held_out):,} more held out; "
@@ -682,16 +699,18 @@ def report(results: dict[str, dict], folder: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------ harvest
+# Tokens to rows: the stream of TinyModel, with a JSON file beside it that says where it is from.
 
 DATASET = "noanabeshima/TinyModelTokIds"
 PUBLISHED_TOKENS = ("train.jsonl", "validation.jsonl")
+TOKENS_HELP = 'Lines of {"tok_ids": [...]}, a .npy, or the name of a published file.'
 
 
 @main.command(epilog="Example: python cli.py harvest --layer 2 --max-rows 1000000 --out layer2.npy")
 @with_model
 @with_layer
 @with_device
-@option("--tokens", default="train.jsonl", help='Lines of {"tok_ids": []}, a .npy, or published.')
+@option("--tokens", default="train.jsonl", help=TOKENS_HELP)
 @option("--max-rows", type=AtLeast(1), default=30_000_000, help="Stop after this many.")
 @option("--dtype", type=FLOATS, default="float16", help="Of the rows.")
 @option("--out", type=NEW_FILE, default="acts.npy", help="A new file.")
@@ -785,6 +804,7 @@ def metadata_of_harvest(model_path: str, hook_name: str, tokens: str) -> dict:
 
 
 # --------------------------------------------------------------------------------------------- eval
+# Checkpoints to figures: on rows, against labels, and spliced into TinyModel.
 
 LOSS_COLUMNS = {"latents": "{latents:,}", "loss": "{spliced:.4f}", "recovered": "{recovered:.1%}"}
 PROBE_COLUMNS = {
@@ -867,8 +887,8 @@ def spliced_loss(
     """The cross-entropy of ``model`` with each prefix of ``sae`` spliced in, with progress."""
     batches = ids.split(8)  # documents: more logits would take much memory
     with progress(f"{path}  batch", len(batches)) as show:
-        shown = show_each(batches, show)
-        return msae.loss_recovered(model, model.layers[layer], sae, shown, drop=NO_ROW)
+        batches = show_each(batches, show)
+        return msae.loss_recovered(model, model.layers[layer], sae, batches, drop=NO_ROW)
 
 
 def show_each(batches: Iterable, show: Callable[[int], None]) -> Iterator:
@@ -894,6 +914,7 @@ def write_figures(
 
 
 def show_losses(results: dict[str, dict]) -> None:
+    """Print the cross-entropy, nats a token, and how much of it a prefix recovers."""
     losses = {path: figures["loss"] for path, figures in results.items()}
     title = "Cross-entropy over {tokens:,} tokens: {clean:.4f}, zeroed {zeroed:.4f}, spliced in"
     any_loss = next(iter(losses.values()))  # the same figures for all
@@ -902,6 +923,7 @@ def show_losses(results: dict[str, dict]) -> None:
 
 
 def show_probes(results: dict[str, dict]) -> None:
+    """Print what ``probe`` finds, mean over the labels: see its docstring."""
     title = "F1 of probes on raw rows and on k latents; what becomes of a label"
     sections = {}
     for path, figures in results.items():
@@ -911,6 +933,7 @@ def show_probes(results: dict[str, dict]) -> None:
 
 
 # --------------------------------------------------------------------------------------------- look
+# A checkpoint and rows to a page: look.html draws the data that is put into it here.
 
 DATA_START = '<script id="data" type="application/json">'
 N_BEFORE = 10  # rows of its text that the page shows before a row
@@ -962,17 +985,17 @@ def look(
         tokens = [words.get(id, str(id)) for id in ids[row_numbers].tolist()]
     with progress("look  row", len(sample)) as show:
         codes = msae.sparse_codes(sae, sample, on_rows=show)
-    texts = number_texts(documents[row_numbers], row_numbers)
-    page_rows = PageRows(codes, row_numbers, texts, tokens)
+    text_numbers = number_texts(documents[row_numbers], row_numbers)
+    page_rows = PageRows(codes, row_numbers, text_numbers, tokens)
     write_page(page, sae, page_rows, max_latents, title=f"{checkpoint}, {Path(acts).name}")
     click.echo(f"wrote {page}")
 
 
 def page_path(out: Path | None, checkpoint: str) -> Path:
-    """Where the page goes: in the folder of a checkpoint it may replace an older one."""
+    """Where the page goes: in a checkpoint's folder it may replace an older one."""
     if out is None and Path(checkpoint).is_dir():
         return Path(checkpoint, "look.html")
-    if out is None:  # of a checkpoint on the Hub
+    if out is None:
         out = Path(f"{Path(checkpoint).name}.html")
     must_be_new(out)
     return out
@@ -996,7 +1019,7 @@ class PageRows(NamedTuple):
 
     codes: msae.SparseCodes
     row_numbers: np.ndarray  # (n,), in the file
-    texts: np.ndarray  # (n,), the number of the piece of text that a row belongs to
+    text_numbers: np.ndarray  # (n,), of the piece of text that a row belongs to
     tokens: list[str] | None  # n
 
 
@@ -1042,8 +1065,8 @@ def most_frequent(sae: msae.MatryoshkaSAE, codes: msae.SparseCodes, max_latents:
 
 def context(rows: PageRows, row: int, figures: dict, act_of_row: dict[int, float]) -> dict:
     """A row where a latent is on, with the activations of that latent around it in its text."""
-    window = range(max(0, row - N_BEFORE), min(len(rows.texts), row + N_AFTER + 1))
-    neighbours = [i for i in window if rows.texts[i] == rows.texts[row]]
+    window = range(max(0, row - N_BEFORE), min(len(rows.text_numbers), row + N_AFTER + 1))
+    neighbours = [i for i in window if rows.text_numbers[i] == rows.text_numbers[row]]
     shades = [round(35 * act_of_row.get(i, 0) / figures["max"]) for i in neighbours]
     entry = {
         "row": int(rows.row_numbers[row]),
@@ -1082,6 +1105,7 @@ def fill_page(data: dict) -> bytes:
 
 
 # ---------------------------------------------------------------------------------------------- toy
+# The feature tree to two SAEs, whose maps show what each latent does when one feature is on.
 
 TOY_CONFIG = Path(__file__).with_name("toy_config.json")
 TOY_COLUMNS = {
@@ -1228,6 +1252,7 @@ def shade(value: float, width: int, is_absorbed: bool = False) -> tuple[str, str
 
 
 def toy_svg(tree: msae.FeatureTree, saes: dict[str, msae.MatryoshkaSAE]) -> bytes:
+    """The maps as a picture: a terminal wide enough for three of them side by side."""
     paper = Console(record=True, width=6 * len(tree.parent_of) + 20, height=40, file=io.StringIO())
     paper.print(draw_maps(tree, saes, width=2))
     return paper.export_svg(title="python cli.py toy", theme=DEFAULT_TERMINAL_THEME).encode()
@@ -1242,13 +1267,15 @@ def toy_page(path: Path, sae: msae.MatryoshkaSAE, tree: msae.FeatureTree) -> Non
         tokens.append(f"features {', '.join(map(str, active))}")
     codes = msae.sparse_codes(sae, features @ tree.directions)
     row_numbers = np.arange(len(tokens))
-    rows = PageRows(codes, row_numbers, texts=row_numbers, tokens=tokens)  # each a text by itself
+    rows = PageRows(codes, row_numbers, row_numbers, tokens)  # each row is a text by itself
     cosine, latent = (normalize(tree.directions, dim=1) @ sae.W_dec.data.T).max(dim=1)
     truth = list(zip(latent.tolist(), cosine.tolist(), tree.parent_of, strict=True))
     write_page(path, sae, rows, max_latents=len(sae.b_enc), title="The toy", truth=truth)
 
 
 # -------------------------------------------------------------------------------------------- bench
+# Times on this machine. The product of the encoder is what no step can do without.
+
 
 N_WARM_UP = 3  # steps that are not counted
 
@@ -1314,6 +1341,7 @@ def seconds(call: Callable[[], torch.Tensor]) -> float:
 
 
 # --------------------------------------------------------------------------------------------- push
+# A checkpoint to the Hub. The card says what it is, and how well it does by its eval*.json.
 
 EVALS = "eval*.json"  # eval.json, of train, and eval-ACTS.json, of eval
 CARD = """---
