@@ -1,4 +1,4 @@
-"""Claims about msae, each against a naive oracle or a literal number. Needs no GPU and no network."""
+"""Claims about msae, each against a naive oracle or a literal number. No GPU, no network."""
 
 import base64
 import contextlib
@@ -90,7 +90,7 @@ def refused(*arguments):
 
 
 def forked(work, output=os.devnull, **environment):
-    """A fork of this process, as importing torch anew takes seconds, for a function or a command's words."""
+    """A fork of this process, for a function or the words of a command: importing torch is slow."""
 
     def child():
         os.dup2(file.fileno(), 1)
@@ -130,10 +130,8 @@ def stopping_at(n, step=msae.Trainer.step):
 
 
 TRAIN = "train --acts acts.npy --latents 32 --k 4 --batch-size 64 --steps 80".split()
-RESUME, ENDLESS = (
-    [*TRAIN, "--out", "run", "--resume"],
-    [*TRAIN, "--steps", "1000000", "--out", "new"],
-)
+RESUME = [*TRAIN, "--out", "run", "--resume"]
+ENDLESS = [*TRAIN, "--steps", "1000000", "--out", "new"]
 LOOK = "look run --acts acts.npy --out page.html --vocab vocab.json".split()
 HARVEST = "harvest --model tiny.pt --layer 2 --tokens ids.jsonl --out rows.npy".split()
 EVAL = "eval run --acts acts.npy".split()
@@ -160,7 +158,8 @@ def good(tmp_path_factory):
     """A folder of good files for all commands; ``run`` was cut at step 60 of 80."""
     folder = tmp_path_factory.mktemp("good")
     ids = np.random.default_rng(0).integers(0, 9000, (300, 20))
-    ids[:, 0], ids[:50, 15:] = msae.BEGIN, msae.PAD
+    ids[:, 0] = msae.BEGIN
+    ids[:50, 15:] = msae.PAD
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         np.save("acts.npy", rows(3000).astype(np.float16))
@@ -195,7 +194,7 @@ def files():
     return {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
 
 
-# ------------------------------------------------------------------------------------------------- the loss
+# ----------------------------------------------------------------------------------------- the loss
 
 
 def naive_loss(x, acts, W_dec, b_dec, prefixes, weights):
@@ -212,7 +211,8 @@ def naive_loss(x, acts, W_dec, b_dec, prefixes, weights):
 
 def test_loss_by_hand():
     # prefix 1 reconstructs (3, 0), error 16; prefix 2 reconstructs (3, 2), error 4
-    x, acts = torch.tensor([[3.0, 4.0]]), torch.tensor([[3.0, 2.0]])
+    x = torch.tensor([[3.0, 4.0]])
+    acts = torch.tensor([[3.0, 2.0]])
     assert msae.nested_loss(x, acts, torch.eye(2), torch.zeros(2), (1, 2)) == 10.0
     assert msae.nested_loss(x, acts, torch.eye(2), torch.zeros(2), (1, 2), [0.25, 0.75]) == 7.0
 
@@ -278,7 +278,9 @@ def test_the_loss_that_is_passed_is_the_one_that_trains(monkeypatch, loss):
 
 
 def test_aux_loss_equals_its_formula_and_moves_only_the_dead_latents():
-    sae, dead, total = msae.MatryoshkaSAE(4, 6), [1, 3, 4], 0.0
+    sae = msae.MatryoshkaSAE(4, 6)
+    dead = [1, 3, 4]
+    total = 0.0
     x = torch.randn(5, 4, generator=torch.Generator().manual_seed(1))
     weights = sae.W_enc, sae.b_enc, sae.W_dec
     for e, pre in zip(x, sae.pre_acts(x)):  # the residual of an SAE that keeps nothing is x
@@ -357,23 +359,28 @@ def test_the_n_largest_of_the_whole_batch_are_kept_in_row_major_order(monkeypatc
     pre = torch.relu(x @ W_enc + b_enc + bias)  # with many ties, of which any may be kept
     largest = sorted(pre.flatten().tolist())[-n:]
     values, index = msae.batch_topk(pre, n)
-    assert torch.equal(values, pre.flatten()[index]) and (index.diff() > 0).all()
+    assert torch.equal(values, pre.flatten()[index])
+    assert (index.diff() > 0).all()
     assert sorted(values.tolist()) == largest
     for select in (msae.topk_in_blocks, msae.topk_at_once):  # the former falls back on the latter
         values, index = select(x, W_enc, b_enc + bias, n, torch.tensor(cut))
-        assert torch.equal(values, pre.flatten()[index]) and (index.diff() > 0).all()
+        assert torch.equal(values, pre.flatten()[index])
+        assert (index.diff() > 0).all()
         assert sorted(values.tolist()) == largest
 
 
 def test_prefixes_are_lengths_or_fractions_and_a_small_power_favours_short_ones():
     assert msae.prefix_lengths(3072) == (192, 384, 768, 1536, 3072)
-    assert msae.prefix_lengths(20, (0.1, 0.5, 1)) == (2, 10, 20) and msae.prefix_lengths(1) == (1,)
+    assert msae.prefix_lengths(20, (0.1, 0.5, 1)) == (2, 10, 20)
+    assert msae.prefix_lengths(1) == (1,)
     assert msae.sample_prefixes(6, 6) == (1, 2, 3, 4, 5, 6)
     g = torch.Generator().manual_seed(0)
     drawn = np.array(
         [[msae.sample_prefixes(101, 2, a, g) for _ in range(4000)] for a in (0.1, 0.5, 1)]
     )
-    assert (drawn[..., 1] == 101).all() and drawn[..., 0].min() >= 1 and drawn[..., 0].max() <= 100
+    assert (drawn[..., 1] == 101).all()
+    assert drawn[..., 0].min() >= 1
+    assert drawn[..., 0].max() <= 100
     low, middle, uniform = drawn[..., 0].mean(axis=1)
     assert low < middle < uniform == pytest.approx(50.5, abs=2)
     assert (drawn[1, :, 0] == 1).mean() == pytest.approx(
@@ -381,7 +388,7 @@ def test_prefixes_are_lengths_or_fractions_and_a_small_power_favours_short_ones(
     )  # (1^a - 0^a) / 100^a
 
 
-# ------------------------------------------------------------------------------------------------- settings
+# ----------------------------------------------------------------------------------------- settings
 
 
 def test_schedules():
@@ -411,7 +418,8 @@ def test_schedules():
         32,
         32,
     ]
-    assert cfg.weights() == (0.25, 0.25, 0.5) and cfg.vanilla().weights() == (1,)
+    assert cfg.weights() == (0.25, 0.25, 0.5)
+    assert cfg.vanilla().weights() == (1,)
     assert config().weights() == pytest.approx((1 / 3,) * 3)
     sizes = (20, 200, 4000), (4096, 512, 8192), (4096, 8192, 512)
     rates = [msae.TrainConfig(F, 1, batch_size=size, steps=steps).lr for F, size, steps in sizes]
@@ -463,11 +471,12 @@ def test_bad_settings_are_refused_by_name_in_one_line(name, value):
         config(**{**changes, name: value})
 
 
-# ------------------------------------------------------------------------------------------------- training
+# ----------------------------------------------------------------------------------------- training
 
 
 def test_training_learns_and_every_checkpoint_on_disk_is_whole_and_calibrated(tmp_path):
-    (train, held_out), seen = msae.Rows(rows(50_000)).split_off(0.2, 0), []
+    (train, held_out) = msae.Rows(rows(50_000)).split_off(0.2, 0)
+    seen = []
     sae = msae.train(
         train,
         config(steps=400, lr=0.01, n_latents_start=40),
@@ -477,45 +486,43 @@ def test_training_learns_and_every_checkpoint_on_disk_is_whole_and_calibrated(tm
         log_every=80,
     )
     figures = msae.evaluate(sae, held_out)
-    assert (
-        figures["fvu"] < 0.35
-        and figures["dead"] < 0.1
-        and (sae.W_dec.norm(dim=1) - 1).abs().max() < 1e-5
-    )
+    assert figures["fvu"] < 0.35
+    assert figures["dead"] < 0.1
+    assert (sae.W_dec.norm(dim=1) - 1).abs().max() < 1e-5
     assert figures["prefixes"] == sorted(figures["prefixes"], key=lambda level: -level["fvu"])
     saved = msae.MatryoshkaSAE.load(tmp_path)
-    assert same(sae, saved) and saved.metadata == json.loads(json.dumps(sae.metadata))
+    assert same(sae, saved)
+    assert saved.metadata == json.loads(json.dumps(sae.metadata))
     for each in (*seen, saved):
         assert msae.evaluate(each, held_out)["l0"] == pytest.approx(4.5, rel=0.04)
-        assert each.prefixes == (4, 12, 32) and len(each.W_dec) == 32 and each.metadata["k"] == 4.5
+        assert each.prefixes == (4, 12, 32)
+        assert len(each.W_dec) == 32
+        assert each.metadata["k"] == 4.5
     logged = [json.loads(line) for line in (tmp_path / msae.METRICS).read_text().splitlines()]
     assert [line["step"] for line in logged] == list(range(80, 401, 80))
 
 
 def test_spare_latents_go_one_by_one_the_least_energetic_first():
-    trainer, sizes = (
-        msae.Trainer(config(n_latents_start=48, steps=12, prune_window=(0.5, 0.8)), 16),
-        [],
-    )
+    trainer = msae.Trainer(config(n_latents_start=48, steps=12, prune_window=(0.5, 0.8)), 16)
+    sizes = []
     for batch in torch.from_numpy(rows(64 * 12)).split(64):
         trainer.step(batch)
         sizes.append(len(trainer.energy))
         msae.Trainer(trainer.cfg, 16).load_state_dict(
             trainer.state_dict()
         )  # wherever the run is cut
-    assert (
-        sizes[:6] == [48] * 6
-        and sizes == sorted(sizes, reverse=True)
-        and 48 > sizes[6] > sizes[-1] == 32
-    )
+    assert sizes[:6] == [48] * 6
+    assert sizes == sorted(sizes, reverse=True)
+    assert 48 > sizes[6] > sizes[-1] == 32
     trainer.energy.copy_(torch.randperm(32))
-    W_enc, moments = trainer.sae.W_enc.detach().clone(), trainer.optimizer.state[trainer.sae.W_dec]
-    best, average = trainer.energy >= 20, moments["exp_avg"].clone()
+    W_enc = trainer.sae.W_enc.detach().clone()
+    moments = trainer.optimizer.state[trainer.sae.W_dec]
+    best = trainer.energy >= 20
+    average = moments["exp_avg"].clone()
     trainer.keep_latents(12)
     assert sorted(trainer.energy.tolist()) == list(range(20, 32))
-    assert torch.equal(trainer.sae.W_enc, W_enc[:, best]) and torch.equal(
-        moments["exp_avg"], average[best]
-    )
+    assert torch.equal(trainer.sae.W_enc, W_enc[:, best])
+    assert torch.equal(moments["exp_avg"], average[best])
     big = config(n_latents=3072, prefixes=None, n_latents_start=3840, steps=1000)  # 64 at a time
     assert sorted({big.latents_at(step) for step in range(1000)}) == list(range(3072, 3841, 64))
 
@@ -525,9 +532,8 @@ def test_export_folds_the_scale_and_lays_latents_out_in_prefix_order(order, scal
     data = torch.from_numpy(rows(640))
     trainer = msae.Trainer(config(order=order), 16, mean=data.mean(dim=0), scale=scale)
     inner = trainer.sae
-    assert torch.equal(inner.b_dec.data, data.mean(dim=0) / scale) and torch.equal(
-        inner.W_enc, inner.W_dec.T
-    )
+    assert torch.equal(inner.b_dec.data, data.mean(dim=0) / scale)
+    assert torch.equal(inner.W_enc, inner.W_dec.T)
     for x in data.split(64):
         trainer.step(x)
     where = (
@@ -552,7 +558,8 @@ def test_a_massive_dimension_hides_no_other_and_is_remarked_on(here):
         msae.evaluate(sae, each)
         for sae, each in ((sae, data), (msae.train(rows(20_000), config(steps=400)), rows(20_000)))
     )
-    variance, x = data.var(axis=0), torch.from_numpy(data)
+    variance = data.var(axis=0)
+    x = torch.from_numpy(data)
     error = (x - sae(x)).square().mean(dim=0).detach().numpy()
     others = float(np.delete(error, 3).sum() / np.delete(variance, 3).sum())
     assert figures["massive"] == {
@@ -560,13 +567,17 @@ def test_a_massive_dimension_hides_no_other_and_is_remarked_on(here):
         "share": pytest.approx(variance[3] / variance.sum(), rel=1e-4),
         "fvu_of_others": pytest.approx(others, rel=1e-3),
     }
-    assert figures["fvu"] < 0.01 and others < 0.4 and figures["l0"] == pytest.approx(4.5, rel=0.02)
+    assert figures["fvu"] < 0.01
+    assert others < 0.4
+    assert figures["l0"] == pytest.approx(4.5, rel=0.02)
     remark = f"1 of 16 dimensions hold 100% of the variance; FVU of the others {others:.4f}"
-    assert figures["remarks"] == [remark] and friendly["remarks"] == []
+    assert figures["remarks"] == [remark]
+    assert friendly["remarks"] == []
 
 
 def test_calibration_keeps_k_per_row():
-    data, sae = torch.from_numpy(rows(640)), msae.MatryoshkaSAE(16, 32)
+    data = torch.from_numpy(rows(640))
+    sae = msae.MatryoshkaSAE(16, 32)
     for threshold in (
         0.0,
         1e9,
@@ -597,10 +608,12 @@ def test_every_dtype_trains_with_float32_weights(dtype, device):
 
 
 def test_encode_of_a_prefix_is_the_start_of_the_codes():
-    sae, x = msae.MatryoshkaSAE(16, 32), torch.from_numpy(rows(10)).view(2, 5, 16)
+    sae = msae.MatryoshkaSAE(16, 32)
+    x = torch.from_numpy(rows(10)).view(2, 5, 16)
     sae.threshold.fill_(0.5)
     codes = sae.encode(x)
-    assert codes.shape == (2, 5, 32) and not ((codes > 0) & (codes <= 0.5)).any()
+    assert codes.shape == (2, 5, 32)
+    assert not ((codes > 0) & (codes <= 0.5)).any()
     torch.testing.assert_close(sae.encode(x.numpy(), prefix=8), codes[..., :8])
     torch.testing.assert_close(
         sae.decode(codes[..., :8]), codes[..., :8] @ sae.W_dec[:8] + sae.b_dec
@@ -614,11 +627,13 @@ def test_encode_of_a_prefix_is_the_start_of_the_codes():
 
 @pytest.mark.parametrize("mean", [5.0, 1000.0])
 def test_evaluate_equals_its_formulas_however_large_the_mean(mean):
-    data, sae = torch.from_numpy(rows(300, mean=mean)), msae.MatryoshkaSAE(16, 32, (4, 32))
+    data = torch.from_numpy(rows(300, mean=mean))
+    sae = msae.MatryoshkaSAE(16, 32, (4, 32))
     sae.threshold.fill_(2.0)
     sae.b_dec.data.copy_(data.mean(dim=0) + 1)
     figures = msae.evaluate(sae, data, batch_size=70)
-    total, acts = (data - data.double().mean(dim=0)).pow(2).sum(), sae.encode(data)
+    total = (data - data.double().mean(dim=0)).pow(2).sum()
+    acts = sae.encode(data)
     for p, level in zip((4, 32), figures["prefixes"]):
         error = (data - sae.decode(acts[:, :p])).pow(2).sum()
         assert level["fvu"] == pytest.approx((error / total).item(), rel=1e-4)
@@ -628,7 +643,7 @@ def test_evaluate_equals_its_formulas_however_large_the_mean(mean):
     assert figures["max_cosine"] == pytest.approx(cosine.max(dim=1).values.mean().item(), rel=1e-5)
 
 
-# ---------------------------------------------------------------------------------------------------- files
+# -------------------------------------------------------------------------------------------- files
 
 
 @pytest.mark.parametrize(
@@ -658,15 +673,12 @@ def test_every_row_is_read_once_an_epoch_in_a_seeded_order(tmp_path, monkeypatch
         np.arange(900 * 2, dtype=np.float64).reshape(-1, 3, 2).astype(dtype)
     )  # (docs, positions, D)
     np.save(tmp_path / "a.npy", data)
-    reader, whole = (
-        msae.Rows(tmp_path / "a.npy"),
-        torch.from_numpy(data.reshape(-1, 2).astype("f4")),
-    )
+    reader = msae.Rows(tmp_path / "a.npy")
+    whole = torch.from_numpy(data.reshape(-1, 2).astype("f4"))
     batches = list(itertools.islice(reader.batches(100, seed=1), 18))
     epochs = torch.cat(batches).view(2, 900, 2)
-    assert all(
-        torch.equal(epoch.sort(dim=0).values, whole) for epoch in epochs
-    ) and not torch.equal(*epochs)
+    assert all(torch.equal(epoch.sort(dim=0).values, whole) for epoch in epochs)
+    assert not torch.equal(*epochs)
     assert all(
         torch.equal(batch, next(reader.batches(100, 1, start)))
         for start, batch in enumerate(batches)
@@ -677,7 +689,9 @@ def test_every_row_is_read_once_an_epoch_in_a_seeded_order(tmp_path, monkeypatch
     rest, aside = (
         {row[0] for row in part.read().tolist()} for part in reader.split_off(0.1, seed=0)
     )
-    assert len(rest) == 810 and len(aside) == 90 and rest.isdisjoint(aside)
+    assert len(rest) == 810
+    assert len(aside) == 90
+    assert rest.isdisjoint(aside)
 
 
 def test_shards_are_read_in_name_order_as_one_file_and_tensors_as_they_are(tmp_path):
@@ -705,7 +719,7 @@ def test_shards_are_read_in_name_order_as_one_file_and_tensors_as_they_are(tmp_p
 
 
 def massive(n, every=128, length=300):
-    """``rows(n)``, every 128th of which is replaced by a row 300 times as far out as the median one."""
+    """``rows(n)``, of which every 128th is replaced by one 300 times as far out as the median."""
     data = rows(n)
     distance = np.linalg.norm(data - np.median(data, axis=0), axis=1)
     data[::every] = (
@@ -726,7 +740,8 @@ def test_massive_rows_are_left_out_wherever_rows_are_read_and_counted(tmp_path, 
     assert reader.radius == pytest.approx(
         10 * median, rel=1e-3
     )  # torch takes the lower of the middle two
-    assert np.array_equal(reader.read(), near) and len(reader) == 12_800
+    assert np.array_equal(reader.read(), near)
+    assert len(reader) == 12_800
     assert np.array_equal(torch.cat([part.read() for part in reader.successive(500)]), near)
     epoch = list(itertools.islice(reader.batches(128, seed=1), 100))
     assert {tuple(row) for batch in epoch for row in batch.tolist()} == {*map(tuple, near.tolist())}
@@ -734,10 +749,12 @@ def test_massive_rows_are_left_out_wherever_rows_are_read_and_counted(tmp_path, 
         torch.equal(batch, next(reader.batches(128, 1, start))) for start, batch in enumerate(epoch)
     )
     sae = msae.MatryoshkaSAE(16, 8)
-    figures, expected = msae.evaluate(sae, data), msae.evaluate(sae, near)
+    figures = msae.evaluate(sae, data)
+    expected = msae.evaluate(sae, near)
     assert msae.evaluate(sae, reader, max_norm=2) == figures  # the limit of the rows stays
     assert (figures["rows"], figures["left_out"], expected["left_out"]) == (12_700, 100, 0)
-    assert figures["fvu"] == pytest.approx(expected["fvu"]) and figures["dead"] == expected["dead"]
+    assert figures["fvu"] == pytest.approx(expected["fvu"])
+    assert figures["dead"] == expected["dead"]
 
 
 @pytest.mark.parametrize(
@@ -762,16 +779,18 @@ def test_training_on_massive_rows_is_training_on_the_others(here):
         msae.train(data, config(steps=300, max_norm=1e6)),
     )
     ours, alone, ruined = (msae.evaluate(each, near)["fvu"] for each in saes)
-    assert ours < 1.1 * alone and ruined > 1.5 * alone
+    assert ours < 1.1 * alone
+    assert ruined > 1.5 * alone
     np.save("massive.npy", data)
     output = run(*TRAIN, "--acts", "massive.npy", "--out", "new")
-    assert "left out" in output and re.search(
-        r"2,0\d\d held-out rows, \d\d too far out to count", output
-    )
+    assert "left out" in output
+    assert re.search(r"2,0\d\d held-out rows, \d\d too far out to count", output)
     found = json.loads(Path("new", "eval.json").read_text())
-    assert found["rows"] + found["left_out"] in range(1900, 2100) and found["left_out"] > 5
+    assert found["rows"] + found["left_out"] in range(1900, 2100)
+    assert found["left_out"] > 5
     output = run("eval", "new", "--acts", "massive.npy")
-    assert re.search(r"19,8\d\d rows, 1\d\d too far out", output) and "row 20,000/20,000" in output
+    assert re.search(r"19,8\d\d rows, 1\d\d too far out", output)
+    assert "row 20,000/20,000" in output
 
 
 @needs_fork
@@ -783,14 +802,16 @@ def test_reading_stays_small_and_never_maps_the_file(tmp_path, monkeypatch):
             list(map(len, itertools.islice(msae.Rows(source).batches(256, 0), 130)))
             print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
-    small, big = tmp_path / "small.npy", tmp_path / "big.npy"
+    small = tmp_path / "small.npy"
+    big = tmp_path / "big.npy"
     monkeypatch.setattr(msae, "POOL_BYTES", 2**24)
     monkeypatch.setattr(msae, "SAMPLE", 2**10)
     np.save(small, np.ones((1024, 1024), np.float16))
     np.save(big, np.ones((32 * 1024, 1024), np.float16))  # 64 MiB, and 128 as float32
     forked(work, tmp_path / "output").join()
     before, *peaks = map(float, (tmp_path / "output").read_text().split())
-    assert len(peaks) == 2 and max(peaks) < before + 48
+    assert len(peaks) == 2
+    assert max(peaks) < before + 48
 
 
 def test_a_file_that_shrinks_while_it_is_read_is_an_error(tmp_path, monkeypatch):
@@ -803,7 +824,7 @@ def test_a_file_that_shrinks_while_it_is_read_is_an_error(tmp_path, monkeypatch)
             list(itertools.islice(batches, 10))
 
 
-# ----------------------------------------------------------------------------------------------- never lost
+# --------------------------------------------------------------------------------------- never lost
 
 EVERYTHING = dict(
     prefixes=None,
@@ -874,7 +895,8 @@ def test_bad_rows_met_late_or_a_callback_that_fails_keep_the_steps_done(
         side_effect=[None] * 6 + [OSError("no room") if fault == "callback" else None]
     )
     bad = rows(64)
-    reader, after = msae.Rows(rows(2000)), msae.Rows(bad)
+    reader = msae.Rows(rows(2000))
+    after = msae.Rows(bad)
     if fault == "bad row":
         bad[:] = np.nan
     parts = itertools.islice(reader.batches(64, 0), 7), after.batches(64, 0)
@@ -898,12 +920,10 @@ def test_a_second_ctrl_c_acts_at_once(tmp_path):
 
 @needs_fork
 def test_killed_at_random_moments_and_resumed_the_weights_are_the_same(here):
-    command, moments, kills, process = (
-        [*TRAIN, "--steps", 300, "--pareto", 4],
-        random.Random(0),
-        0,
-        None,
-    )
+    command = [*TRAIN, "--steps", 300, "--pareto", 4]
+    moments = random.Random(0)
+    kills = 0
+    process = None
     run(*command, "--out", "whole")
     while process is None or process.exitcode != 0:
         process = forked([*command, "--out", "cut", "--save-minutes", 0, "--resume"], "output")
@@ -912,7 +932,8 @@ def test_killed_at_random_moments_and_resumed_the_weights_are_the_same(here):
         process.kill()
         process.join()
         assert process.exitcode in (0, -signal.SIGKILL), Path("output").read_text()
-    assert kills >= 3 and same_run("whole", "cut")
+    assert kills >= 3
+    assert same_run("whole", "cut")
 
 
 @needs_fork
@@ -931,7 +952,8 @@ def test_a_signal_saves_and_says_how_to_go_on_unless_the_shell_ignores_it(here, 
         os.kill(process.pid, number)
     process.join()
     output = Path("output").read_text()
-    assert process.exitcode == (0 if ignored else 128 + number) and "Traceback" not in output
+    assert process.exitcode == (0 if ignored else 128 + number)
+    assert "Traceback" not in output
     assert ("with --out new --resume\n" in output) != ignored
     assert steps_on_disk("new") == 300 if ignored else steps_on_disk("new") >= 50
     assert msae.MatryoshkaSAE.load("new").prefixes == (2, 4, 8, 16, 32)
@@ -949,11 +971,9 @@ def test_ctrl_c_in_a_shell_saves(here):
     assert process.stdout.readline().startswith("2,718 rows of width 16, 282 more held out;")
     assert process.stdout.readline().startswith("train  step 50/")
     process.send_signal(signal.SIGINT)
-    assert (
-        "--resume" in process.communicate()[0]
-        and process.returncode == 130
-        and steps_on_disk("new") >= 50
-    )
+    assert "--resume" in process.communicate()[0]
+    assert process.returncode == 130
+    assert steps_on_disk("new") >= 50
 
 
 @needs_fork
@@ -976,11 +996,9 @@ def test_a_full_disk_is_one_line_and_what_was_there_stays(here, command, name):
     process = forked(work, "output")
     process.join()
     output = Path("output").read_text()
-    assert (
-        process.exitcode == 1
-        and "Traceback" not in output
-        and name in " ".join(output.splitlines()[-2:])
-    )
+    assert process.exitcode == 1
+    assert "Traceback" not in output
+    assert name in " ".join(output.splitlines()[-2:])
     assert before.items() <= files().items()
     if name == msae.STATE:
         run(*command, "--resume")  # when there is room again
@@ -1003,7 +1021,9 @@ def two(*command):
 @needs_fork
 def test_two_processes_stay_identical_and_train_as_well_as_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    data, cfg, train = rows(50_000), config(**{**EVERYTHING, "steps": 400, "lr": 0.01}), msae.train
+    data = rows(50_000)
+    cfg = config(**{**EVERYTHING, "steps": 400, "lr": 0.01})
+    train = msae.train
 
     def train_and_save(*arguments, **options):
         sae = train(*arguments, **options)
@@ -1018,7 +1038,8 @@ def test_two_processes_stay_identical_and_train_as_well_as_one(tmp_path, monkeyp
         assert process.exitcode == 0, Path("output0").read_text()
     first, *others = (Path(folder, msae.WEIGHTS).read_bytes() for folder in ("run", "0", "1"))
     assert others == [first, first]
-    assert "FVU" in Path("output0").read_text() and not Path("output1").read_text()
+    assert "FVU" in Path("output0").read_text()
+    assert not Path("output1").read_text()
     saes = msae.MatryoshkaSAE.load("run"), train(data[:40_000], cfg)
     ours, alone = (msae.evaluate(sae, data[40_000:]) for sae in saes)
     assert ours["l0"] == pytest.approx(4.5, rel=0.03)
@@ -1039,12 +1060,15 @@ def test_a_lost_process_or_a_signal_ends_the_job_with_a_checkpoint_to_resume(her
     first.join()
     second.join()
     output = Path("output0").read_text()
-    assert first.exitcode == code and second.exitcode == (-signal.SIGKILL if code == 1 else code)
-    assert "with --out new --resume\n" in output and "held-out" not in output
-    assert steps_on_disk("new") >= 50 and (how != "lost process" or "Error:" in output)
+    assert first.exitcode == code
+    assert second.exitcode == (-signal.SIGKILL if code == 1 else code)
+    assert "with --out new --resume\n" in output
+    assert "held-out" not in output
+    assert steps_on_disk("new") >= 50
+    assert how != "lost process" or "Error:" in output
 
 
-# --------------------------------------------------------------------------------------------- toy, probing
+# ------------------------------------------------------------------------------------- toy, probing
 
 HIDDEN = {"active_prob": 0.6, "is_read_out": False, "children": [{"active_prob": 0.5}]}
 TREE = {
@@ -1064,18 +1088,17 @@ TREE = {
 def test_tree_samples_have_the_probabilities_of_the_spec():
     tree = msae.FeatureTree(TREE)
     z = tree.sample_features(200_000, torch.Generator().manual_seed(0))
-    assert z.shape == (200_000, 4) and tree.pairs == [(0, 1), (0, 2)]
+    assert z.shape == (200_000, 4)
+    assert tree.pairs == [(0, 1), (0, 2)]
     assert (z > 0).float().mean(dim=0).tolist() == pytest.approx([0.5, 0.15, 0.15, 0.25], abs=0.005)
     parent, first, second, loud = z.T
     assert not ((first > 0) & (second > 0)).any()  # the hidden node excludes its sibling
-    assert not (((first > 0) | (second > 0)) & (parent == 0)).any() and set(parent.tolist()) == {
-        0.0,
-        1.0,
-    }
+    assert not (((first > 0) | (second > 0)) & (parent == 0)).any()
+    assert set(parent.tolist()) == {0.0, 1.0}
     loud = loud[loud > 0]
-    assert (
-        loud.min() >= 0.5 and loud.max() < 1.5 and float(loud.mean()) == pytest.approx(1, abs=0.01)
-    )
+    assert loud.min() >= 0.5
+    assert loud.max() < 1.5
+    assert float(loud.mean()) == pytest.approx(1, abs=0.01)
 
 
 def test_toy_config_is_the_published_tree():
@@ -1111,7 +1134,8 @@ def test_a_bad_tree_is_refused_by_field(spec, names):
 
 
 def test_true_dictionary_is_clean_and_absorption_is_seen():
-    tree, sae = msae.FeatureTree(TREE), msae.MatryoshkaSAE(4, 4)
+    tree = msae.FeatureTree(TREE)
+    sae = msae.MatryoshkaSAE(4, 4)
     unit = tree.directions / tree.directions.norm(dim=1, keepdim=True)
     sae.load_state_dict(
         {
@@ -1123,7 +1147,8 @@ def test_true_dictionary_is_clean_and_absorption_is_seen():
         }
     )  # above rounding
     figures = msae.toy_figures(sae, tree, seed=0)
-    assert figures["clean"] == 4 and figures["fvu"] < 1e-6
+    assert figures["clean"] == 4
+    assert figures["fvu"] < 1e-6
     assert [pair["rate"] for pair in figures["absorption"]] == [0, 0]
     sae.W_enc.data[:, 0] -= (
         2 * unit[1]
@@ -1135,25 +1160,33 @@ def test_matryoshka_recovers_every_toy_feature_and_their_tree_and_vanilla_absorb
     tree, configs = cli.toy_setup(0, **toy_settings(steps=1500, k_anneal_steps=750))
     saes = [msae.train(tree.sample(300_000, seed=0), cfg) for cfg in configs.values()]
     ours, vanilla = (msae.toy_figures(sae, tree, seed=1) for sae in saes)
-    assert ours["clean"] == 20 and ours["fvu"] <= 0.021 and 1.05 <= ours["l0"] <= 1.24
-    assert vanilla["clean"] < 20 and vanilla["fvu"] < ours["fvu"]
+    assert ours["clean"] == 20
+    assert ours["fvu"] <= 0.021
+    assert 1.05 <= ours["l0"] <= 1.24
+    assert vanilla["clean"] < 20
+    assert vanilla["fvu"] < ours["fvu"]
     rates = [max(pair["rate"] for pair in figures["absorption"]) for figures in (ours, vanilla)]
-    assert rates[0] < 0.05 and rates[1] > 0.5
+    assert rates[0] < 0.05
+    assert rates[1] > 0.5
     features = tree.sample_features(10_000, torch.Generator().manual_seed(2))
-    x, y = (
-        features @ tree.directions,
-        features[:, [0, 4, 8]] > 0,
-    )  # the parents as labels, without the tree
+    # the parents as labels, without the tree
+    x = features @ tree.directions
+    y = features[:, [0, 4, 8]] > 0
     ours, vanilla = (msae.probe(sae, x, y) for sae in saes)
     assert ours["raw"]["accuracy"] == vanilla["raw"]["accuracy"] == 1.0
     ours_silent, vanilla_silent = (
         figures["prefixes"][-1]["main_silent"] for figures in (ours, vanilla)
     )
-    assert ours_silent < 0.01 and vanilla_silent > 0.1 and ours["prefixes"][-1]["splitting"] == 1
+    assert ours_silent < 0.01
+    assert vanilla_silent > 0.1
+    assert ours["prefixes"][-1]["splitting"] == 1
     cli.toy_page(tmp_path / "look.html", saes[0], tree)
     data = page_data(tmp_path / "look.html")
     feature = {latent: number for number, (latent, cosine, parent) in enumerate(data["truth"])}
-    found = {feature[l["latent"]]: l["parent"] and feature[l["parent"][0]] for l in data["latents"]}
+    found = {}
+    for each in data["latents"]:
+        parent = each["parent"]
+        found[feature[each["latent"]]] = None if parent is None else feature[parent[0]]
     assert (
         found
         == dict(enumerate(tree.parent_of))
@@ -1162,33 +1195,34 @@ def test_matryoshka_recovers_every_toy_feature_and_their_tree_and_vanilla_absorb
 
 
 def test_logistic_regression_is_at_the_minimum_of_its_formula():
-    x, g = torch.from_numpy(rows(400, 6)), torch.Generator().manual_seed(0)
+    x = torch.from_numpy(rows(400, 6))
+    g = torch.Generator().manual_seed(0)
     y = torch.rand(400, 3, generator=g) < 0.3
     y[:, 1] |= x[:, 2] > 5
     w, b = msae.logistic_regression(x, y)
-    mean, std = x.mean(0), x.std(0)
+    mean = x.mean(0)
+    std = x.std(0)
     w, b = ((w * std).requires_grad_(), (b + w @ mean).requires_grad_())  # in standardised units
     p = torch.sigmoid((x - mean) / std @ w.T + b)
     (-(torch.where(y, p, 1 - p)).log().mean(0).sum() + 1e-3 * w.pow(2).sum()).backward()
-    assert w.grad.abs().max() < 1e-3 and b.grad.abs().max() < 1e-3
+    assert w.grad.abs().max() < 1e-3
+    assert b.grad.abs().max() < 1e-3
 
 
 def test_probe_scores_by_hand():
-    y, seen = torch.tensor([[1], [1], [1], [0], [0]]).bool(), torch.tensor([[1, 1, 0, 1, 0]]).bool()
+    y = torch.tensor([[1], [1], [1], [0], [0]]).bool()
+    seen = torch.tensor([[1, 1, 0, 1, 0]]).bool()
     scores, by_label = msae.probe_scores(seen, y)
-    assert scores == pytest.approx({"accuracy": 3 / 5, "f1": 2 / 3}) and by_label == pytest.approx(
-        [2 / 3]
-    )
+    assert scores == pytest.approx({"accuracy": 3 / 5, "f1": 2 / 3})
+    assert by_label == pytest.approx([2 / 3])
 
 
 def test_probe_tells_absorption_from_splitting_and_from_a_missing_latent():
-    # 40 children, one at a time, of a label that has a latent which is silent on them, so that each child's
-    # latent carries the label too, but splits it by 1/80 only; without the children's, it is missing there
+    # 40 children, one at a time, of a label whose latent is silent on them. So each child's latent
+    # carries the label too, but splits it by 1/80. Without the children's, it is missing there.
     g = torch.Generator().manual_seed(0)
-    label, child = (
-        torch.rand(16_000, 1, generator=g) < 0.5,
-        torch.randint(80, (16_000, 1), generator=g),
-    )
+    label = torch.rand(16_000, 1, generator=g) < 0.5
+    child = torch.randint(80, (16_000, 1), generator=g)
     x = torch.cat([label, label & (child == torch.arange(40))], dim=1).float()
     sae = msae.MatryoshkaSAE(41, 41)
     sae.W_dec.data.copy_(torch.eye(41))
@@ -1201,11 +1235,13 @@ def test_probe_tells_absorption_from_splitting_and_from_a_missing_latent():
     assert figures["splitting"] == 1
     sae.b_enc.data[1:] = -1
     figures = msae.probe(sae, x, label)["prefixes"][-1]
-    assert figures["main_silent"] == pytest.approx(0.5, abs=0.03) and figures["absorption"] == 0
+    assert figures["main_silent"] == pytest.approx(0.5, abs=0.03)
+    assert figures["absorption"] == 0
 
 
 def test_probe_finds_the_latent_of_a_label_and_its_splitting():
-    # label 0 is dimension 0, of one latent; label 1 is dimension 1, of two: where dimension 2 is on, and off
+    # label 0 is dimension 0, of one latent
+    # label 1 is dimension 1, of two latents: where dimension 2 is on, and where it is off
     on = torch.rand(4000, 3, generator=torch.Generator().manual_seed(0)) < 0.4
     sae = msae.MatryoshkaSAE(3, 3, (1, 3))
     sae.W_dec.data.copy_(torch.eye(3)[[0, 1, 1]])
@@ -1213,30 +1249,29 @@ def test_probe_finds_the_latent_of_a_label_and_its_splitting():
     sae.b_enc.data.copy_(torch.tensor([0.0, -1.0, 0]))
     figures = msae.probe(sae, on.float(), on[:, :2])
     short, level = figures["prefixes"]
-    assert figures["raw"] == {"accuracy": 1.0, "f1": 1.0} and (
-        short["latents"],
-        level["latents"],
-    ) == (1, 3)
-    assert level["main_silent"] == pytest.approx(0.2, abs=0.03) and level["splitting"] == 1.5
+    assert figures["raw"] == {"accuracy": 1.0, "f1": 1.0}
+    assert (short["latents"], level["latents"]) == (1, 3)
+    assert level["main_silent"] == pytest.approx(0.2, abs=0.03)
+    assert level["splitting"] == 1.5
     assert level["absorption_by_label"] == [0, 0]  # what is split in two is none
-    assert (
-        level["probes"][0]["f1"] < 0.95 > short["probes"][0]["f1"]
-        and level["probes"][1]["f1"] == 1.0
-    )
+    assert level["probes"][0]["f1"] < 0.95 > short["probes"][0]["f1"]
+    assert level["probes"][1]["f1"] == 1.0
     with pytest.raises(ValueError, match="label 1 needs"):
         msae.probe(
             sae, on.float(), on[:, :2] | torch.tensor([False, True])
         )  # every row has label 1
 
 
-# -------------------------------------------------------------------------------------------- language models
+# ---------------------------------------------------------------------------------- language models
 
 
 def naive_tiny_model(state, ids, n_layers=3, n_heads=16):
     """noanabeshima/tiny_model, one text and one head at a time: logits and all residual streams."""
-    logits, streams = [], []
+    logits = []
+    streams = []
     for text in ids:
-        x, stream = state["embed.weight"][text] + state["pos_embed"][0, : len(text)], []
+        x = state["embed.weight"][text] + state["pos_embed"][0, : len(text)]
+        stream = []
         for i in range(n_layers):
             stream.append(x)
             part = {key.removeprefix(f"torso.{i}."): value for key, value in state.items()}
@@ -1255,8 +1290,10 @@ def naive_tiny_model(state, ids, n_layers=3, n_heads=16):
 
 @torch.no_grad()
 def test_tiny_model_equals_its_description(good):
-    model, ids = msae.TinyModel.load(good / "tiny.pt"), torch.randint(10_000, (3, 17))
-    assert not model.training and {p.dtype for p in model.parameters()} == {torch.float32}
+    model = msae.TinyModel.load(good / "tiny.pt")
+    ids = torch.randint(10_000, (3, 17))
+    assert not model.training
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
     logits, streams = naive_tiny_model(model.state_dict(), ids)
     torch.testing.assert_close(model(ids), logits, rtol=1e-5, atol=1e-5)
     for layer, stream in zip(model.layers, streams, strict=True):
@@ -1275,11 +1312,9 @@ class Wrapped(
 ):  # a block in the manner of other libraries: input by name, a tuple out
     def __init__(self):
         super().__init__()
-        self.linear, self.last, self.block = (
-            torch.nn.Linear(4, 4),
-            torch.nn.Linear(4, 4),
-            torch.nn.Module(),
-        )
+        self.linear = torch.nn.Linear(4, 4)
+        self.last = torch.nn.Linear(4, 4)
+        self.block = torch.nn.Module()
         self.block.forward = lambda hidden_states, scale=1.0: (
             self.linear(hidden_states) * scale,
             "cache",
@@ -1296,14 +1331,19 @@ def test_the_hook_captures_and_replaces_inputs_and_tuple_outputs():
         msae.activation_hook(torch.nn.Linear(2, 2)),
     ):
         pass
-    model, ids, empty = Wrapped().eval(), torch.tensor([[0, 1, 3]]), torch.nn.Module()
+    model = Wrapped().eval()
+    ids = torch.tensor([[0, 1, 3]])
+    empty = torch.nn.Module()
     with (
         msae.activation_hook(model.block, "input") as inputs,
         msae.activation_hook(model.block) as outputs,
     ):
         plain = model(ids)
-    one_hot, zero, empty.forward = torch.eye(4)[ids], torch.zeros(1, 3, 4), lambda: None
-    assert torch.equal(inputs[0], one_hot) and torch.equal(outputs[0], 2 * model.linear(one_hot))
+    one_hot = torch.eye(4)[ids]
+    zero = torch.zeros(1, 3, 4)
+    empty.forward = lambda: None
+    assert torch.equal(inputs[0], one_hot)
+    assert torch.equal(outputs[0], 2 * model.linear(one_hot))
     for at, expected in (
         ("input", model.last(2 * model.linear(zero))),
         ("output", model.last(zero)),
@@ -1316,8 +1356,11 @@ def test_the_hook_captures_and_replaces_inputs_and_tuple_outputs():
 
 
 def test_harvest_writes_the_rows_of_the_stream_and_no_wasted_layer(tmp_path, monkeypatch):
-    model, ids, seen = tiny(), torch.randint(3, 50, (40, 17)), []
-    ids[:, 0], ids[5:9, 12:] = 1, 2
+    model = tiny()
+    ids = torch.randint(3, 50, (40, 17))
+    seen = []
+    ids[:, 0] = 1
+    ids[5:9, 12:] = 2
     with torch.no_grad(), msae.activation_hook(model.torso[1], "input") as captured:
         model(ids)
     expected = captured[0][(ids != 1) & (ids != 2)]
@@ -1326,31 +1369,32 @@ def test_harvest_writes_the_rows_of_the_stream_and_no_wasted_layer(tmp_path, mon
     n = msae.harvest(
         *source, tmp_path / "a", "input", drop=(1, 2), dtype="float32", on_rows=seen.append
     )
-    assert n == len(expected) == 40 * 16 - 20 == seen[-1] and len(seen) == 6
+    assert n == len(expected) == 40 * 16 - 20 == seen[-1]
+    assert len(seen) == 6
     np.testing.assert_allclose(np.load(tmp_path / "a"), expected, rtol=1e-5, atol=1e-6)
     assert msae.harvest(*source, tmp_path / "b", "input", drop=(1, 2), max_rows=123) == 123
     half = np.load(tmp_path / "b")
-    assert (
-        half.dtype == np.float16 and half.shape == (123, 32) and len(list(tmp_path.iterdir())) == 4
-    )
+    assert half.dtype == np.float16
+    assert half.shape == (123, 32)
+    assert len(list(tmp_path.iterdir())) == 4
     place = ((ids != 1) & (ids != 2)).nonzero()  # text and position of each row
     texts = torch.stack([place[:, 0], ids[place[:, 0], place[:, 1]]], dim=1)
     for name, m in (("a", n), ("b", 123)):
         found = np.load(tmp_path / f"{name}.ids.npy")
-        assert found.dtype == np.int32 and np.array_equal(found, texts[:m])
+        assert found.dtype == np.int32
+        assert np.array_equal(found, texts[:m])
     np.testing.assert_allclose(half, expected[:123], rtol=1e-3, atol=1e-3)
 
 
 def test_harvest_of_another_model_leaves_padding_out(tmp_path):
-    model, mask = Wrapped().eval(), torch.tensor([[1, 1, 1], [1, 0, 0]])
+    model = Wrapped().eval()
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0]])
     batch = {"input_ids": torch.tensor([[0, 1, 2], [3, 0, 0]]), "attention_mask": mask}
     assert msae.harvest(model, model.block, [batch], tmp_path / "a", dtype="float32") == 4
     expected = 2 * model.linear(torch.eye(4)).detach()
     np.testing.assert_allclose(np.load(tmp_path / "a"), expected, rtol=1e-5)
-    assert (
-        msae.harvest(model, model.block, [batch], tmp_path / "b", drop=(0,)) == 3
-        and mask.sum() == 4
-    )
+    assert msae.harvest(model, model.block, [batch], tmp_path / "b", drop=(0,)) == 3
+    assert mask.sum() == 4
 
 
 @pytest.mark.parametrize(
@@ -1363,7 +1407,8 @@ def test_harvest_of_another_model_leaves_padding_out(tmp_path):
     ],
 )
 def test_a_harvest_that_fails_leaves_no_file(tmp_path, names, options):
-    model, ids = tiny(), torch.ones(3, 4, 9, dtype=torch.long)
+    model = tiny()
+    ids = torch.ones(3, 4, 9, dtype=torch.long)
     model.torso[0].mlp["write_out"].bias.data.fill_(1e5 if names == "fit in float16" else 0)
     source = {
         "model": model,
@@ -1392,7 +1437,8 @@ def test_a_harvest_that_is_cut_leaves_a_whole_file_of_its_rows(tmp_path, monkeyp
         msae.harvest(**source, out="cut.npy", on_rows=interrupt)
     for end in (".npy", ".ids.npy"):
         whole, cut = (np.load(f"{name}{end}") for name in ("whole", "cut"))
-        assert 60 < len(cut) < n_rows and np.array_equal(cut, whole[: len(cut)])
+        assert 60 < len(cut) < n_rows
+        assert np.array_equal(cut, whole[: len(cut)])
     with pytest.raises(ValueError, match="new file"):
         msae.harvest(**source, out="cut.npy")
 
@@ -1427,7 +1473,9 @@ def test_a_bad_line_of_tokens_is_named_by_its_number(tmp_path, line, names):
 
 @torch.no_grad()
 def test_loss_recovered_by_hand():
-    model, ids, sae = tiny(), torch.randint(2, 50, (6, 11)), msae.MatryoshkaSAE(32, 64, (16, 64))
+    model = tiny()
+    ids = torch.randint(2, 50, (6, 11))
+    sae = msae.MatryoshkaSAE(32, 64, (16, 64))
     ids[:, 0] = 1
     figures = msae.loss_recovered(model, model.torso[1], sae, ids.split(4), drop=(1,))
 
@@ -1437,22 +1485,23 @@ def test_loss_recovered_by_hand():
         log_p = model.lm_head(model.torso[2](model.torso[1](x))).log_softmax(-1)
         return -np.mean([float(log_p[b, t, ids[b, t + 1]]) for b in range(6) for t in range(10)])
 
-    clean, zeroed = loss(lambda x: x), loss(lambda x: 0 * x)
-    short, full = loss(lambda x: sae.decode(sae.encode(x, 16))), loss(sae)
+    clean = loss(lambda x: x)
+    zeroed = loss(lambda x: 0 * x)
+    short = loss(lambda x: sae.decode(sae.encode(x, 16)))
+    full = loss(sae)
     found = [
         figures["clean"],
         figures["zeroed"],
         *(level["spliced"] for level in figures["prefixes"]),
     ]
-    assert (
-        found == pytest.approx([clean, zeroed, short, full], rel=1e-5) and figures["tokens"] == 60
-    )
+    assert found == pytest.approx([clean, zeroed, short, full], rel=1e-5)
+    assert figures["tokens"] == 60
     assert figures["prefixes"][0]["recovered"] == pytest.approx(
         (zeroed - short) / (zeroed - clean), rel=1e-3
     )
 
 
-# --------------------------------------------------------------------------------------------- command line
+# ------------------------------------------------------------------------------------- command line
 
 
 def test_toy_command_writes_figures_and_picture(here):
@@ -1460,9 +1509,12 @@ def test_toy_command_writes_figures_and_picture(here):
     output = run(*TOY, "--seed", 3, "--seeds", 2)
     assert all(word in output for word in ("matryoshka", "vanilla", "mean"))
     report = json.loads(Path("toys/toy.json").read_text())["seeds"]
-    assert [each["seed"] for each in report] == [3, 4] and report[0]["matryoshka"]["features"] == 20
+    assert [each["seed"] for each in report] == [3, 4]
+    assert report[0]["matryoshka"]["features"] == 20
     drawn = [line for line in output.splitlines() if re.match("[ 1][0-9] [#.]{20} ", line)]
-    assert len(drawn) == 20 and drawn[2].startswith(" 2 #.#....") and drawn[19].count("#") >= 1
+    assert len(drawn) == 20
+    assert drawn[2].startswith(" 2 #.#....")
+    assert drawn[19].count("#") >= 1
     picture = "".join(xml.etree.ElementTree.parse("toys/toy.svg").getroot().itertext())
     assert all(words in picture for words in ("Vanilla", "##..", "absorbed"))
     assert len(page_data("toys/look.html")["truth"]) == 20
@@ -1486,11 +1538,14 @@ def test_options_override_the_config_and_a_new_run_takes_a_new_folder(here):
     ]
     for folder in ("runs/acts-32", "runs/acts-32-2"):
         output = run(*command)
-        assert folder in output and "FVU" in output
+        assert folder in output
+        assert "FVU" in output
         sae = msae.MatryoshkaSAE.load(folder)
         expected = {"steps": 80, "lr": 0.01, "seed": 1, "n_latents_start": 48, "n_prefixes": None}
-        assert sae.prefixes == (8, 16, 32) and expected.items() <= sae.metadata["training"].items()
-        assert ABOUT.items() <= sae.metadata.items() and "docs" not in sae.metadata
+        assert sae.prefixes == (8, 16, 32)
+        assert expected.items() <= sae.metadata["training"].items()
+        assert ABOUT.items() <= sae.metadata.items()
+        assert "docs" not in sae.metadata
 
 
 def test_baseline_trains_the_vanilla_twin_and_resume_finds_the_newest_folder(here):
@@ -1503,7 +1558,8 @@ def test_baseline_trains_the_vanilla_twin_and_resume_finds_the_newest_folder(her
     ours, vanilla = (
         msae.MatryoshkaSAE.load(Path("runs/acts-32-2", name)) for name in ("", "vanilla")
     )
-    assert vanilla.prefixes == (32,) and ours.prefixes == (2, 4, 8, 16, 32)
+    assert vanilla.prefixes == (32,)
+    assert ours.prefixes == (2, 4, 8, 16, 32)
     assert {**ours.metadata["training"], "prefixes": [32]} == vanilla.metadata["training"]
 
 
@@ -1533,7 +1589,8 @@ def test_bad_rows_get_one_line_and_leave_no_trace(here, change, names):
         "bad.npy", content
     )
     before = files()
-    assert names in refused(*TRAIN, "--acts", "bad.npy") and files() == before
+    assert names in refused(*TRAIN, "--acts", "bad.npy")
+    assert files() == before
 
 
 BAD_COMMANDS = {  # beside the good options; and what the message must name
@@ -1586,7 +1643,8 @@ def test_a_bad_command_gets_one_line_and_leaves_no_trace(here, monkeypatch, comm
     )
     shutil.copytree("run", "rubbish")
     msae.write(f"rubbish/{msae.STATE}", b"?")
-    before, (name, *words) = files(), command.split()
+    before = files()
+    (name, *words) = command.split()
     good = {
         "train": TRAIN,
         "harvest": HARVEST,
@@ -1595,11 +1653,13 @@ def test_a_bad_command_gets_one_line_and_leaves_no_trace(here, monkeypatch, comm
         "bench": BENCH,
         "look": LOOK,
     }[name]
-    assert BAD_COMMANDS[command] in refused(*good, *words) and files() == before
+    assert BAD_COMMANDS[command] in refused(*good, *words)
+    assert files() == before
 
 
 def test_harvest_train_and_eval_from_tokens_to_a_verdict(here):
-    ids, n = np.load("ids.npy"), 300 * 19 - 50 * 5
+    ids = np.load("ids.npy")
+    n = 300 * 19 - 50 * 5
     for name in ("ids.npy", "ids.jsonl"):
         assert np.array_equal(
             np.concatenate([part.reshape(-1, 20) for part in cli.read_tokens(name)]), ids
@@ -1607,7 +1667,8 @@ def test_harvest_train_and_eval_from_tokens_to_a_verdict(here):
     with unittest.mock.patch("shutil.disk_usage", return_value=unittest.mock.Mock(free=1000)):
         assert "0.0 GB" in refused(*HARVEST)
     assert f"{n:,} rows" in run(*HARVEST)
-    assert np.load("rows.npy").shape == (n, 32) and np.load("rows.npy").dtype == np.float16
+    assert np.load("rows.npy").shape == (n, 32)
+    assert np.load("rows.npy").dtype == np.float16
     about = {"model_name": "tiny.pt", "hook_name": "torso.2.input", "dataset": "ids.jsonl"}
     assert json.loads(Path("rows.npy.json").read_text()) == about
     run(*TRAIN, "--acts", "rows.npy", "--baseline", "--out", "new")
@@ -1636,20 +1697,20 @@ def test_harvest_train_and_eval_from_tokens_to_a_verdict(here):
         )  # of training, left alone
         found = json.loads(Path(folder, "eval-rows.json").read_text())
         expected = msae.evaluate(msae.MatryoshkaSAE.load(folder), "rows.npy")
-        assert {key: found[key] for key in expected} == expected and found["rows"] == n
+        assert {key: found[key] for key in expected} == expected
+        assert found["rows"] == n
         assert all(
             len(part["prefixes"]) == levels for part in (found, found["loss"], found["labels"])
         )
-        assert found["labels"]["labels"] == ["0", "10", "20"] and found["loss"]["clean"] < 20
+        assert found["labels"]["labels"] == ["0", "10", "20"]
+        assert found["loss"]["clean"] < 20
 
 
 def test_one_dimension_and_one_row_are_said_in_words(here):
     np.save("line.npy", rows(3000, 1))
     output = run(*TRAIN, "--acts", "line.npy", "--out", "line")
-    assert (
-        "hold" not in output
-        and json.loads(Path("line/eval.json").read_text())["massive"]["dims"] == 1
-    )
+    assert "hold" not in output
+    assert json.loads(Path("line/eval.json").read_text())["massive"]["dims"] == 1
     for name, bad in (("one", rows(1)), ("same", rows(9) * 0 + 5)):
         np.save(f"{name}.npy", bad)
         assert "rows must differ" in refused("eval", "run", "--acts", f"{name}.npy")
@@ -1677,14 +1738,16 @@ def test_figures_are_written_whatever_becomes_of_the_terminal(here, stream, comm
             os.close(reading)
             os.dup2(writing if stream == "closed" else os.open("/dev/full", os.O_WRONLY), 1)
             kept.extend([sys.stdout, sys.stderr])  # they would close what they stand for
-            sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+            sys.stdout = os.fdopen(1, "w")
+            sys.stderr = os.fdopen(2, "w")
         typed(*command)
 
     kept = []
     Path("run/eval-acts.json").unlink()
     process = forked(work, "output")
     process.join()
-    assert process.exitcode == (stream != "ascii") and "Traceback" not in Path("output").read_text()
+    assert process.exitcode == (stream != "ascii")
+    assert "Traceback" not in Path("output").read_text()
     assert Path(file).stat().st_size > 1000
 
 
@@ -1704,27 +1767,30 @@ def test_the_labels_of_some_of_many_rows_stay_beside_them(here, names):
         len(names) == 2
     )
     found = json.loads(Path("one.json").read_text())["labels"]
-    assert (
-        found["labels"] == names and 19_000 < found["rows"] <= 20_000 and found["raw"]["f1"] > 0.98
-    )
+    assert found["labels"] == names
+    assert 19_000 < found["rows"] <= 20_000
+    assert found["raw"]["f1"] > 0.98
 
 
 def test_every_help_shows_an_example_and_bench_the_step_beside_the_product():
     for command in ("toy", "train", "harvest", "eval", "look", "push", "bench"):
-        assert f"python cli.py {command}" in run(command, "--help") and command in run("--help")
-    assert ".." not in run("--help").split("Commands:")[1] and msae.__version__ in run("--version")
+        assert f"python cli.py {command}" in run(command, "--help")
+        assert command in run("--help")
+    assert ".." not in run("--help").split("Commands:")[1]
+    assert msae.__version__ in run("--version")
     assert re.search(
         "(?s)8 . 2 spare latents.*encoder product alone.* x the product.*rows per", run(*BENCH)
     )
 
 
-# --------------------------------------------------------------------------------------------------- look
+# --------------------------------------------------------------------------------------------- look
 
 
 class Page(html.parser.HTMLParser):
     """Checks that every element is closed in order, and keeps the text of each script."""
 
-    stack, scripts = (), ()
+    stack = ()
+    scripts = ()
 
     def handle_starttag(self, tag, attributes):
         self.stack += (tag,) * (tag not in ("meta", "input"))
@@ -1742,17 +1808,21 @@ def page_data(path):
     page = Page()
     page.feed(Path(path).read_text(encoding="utf-8"))
     data, script = page.scripts
-    assert not page.stack and "<" not in data and len(script.splitlines()) < 260
+    assert not page.stack
+    assert "<" not in data
+    assert len(script.splitlines()) < 260
     return json.loads(data)
 
 
 def naive_figures(codes, ends, cosine, i):
-    a, fits = codes[:, i], {None: 0.6}
+    a = codes[:, i]
+    fits = {None: 0.6}
     for p in range(max([0, *(end for end in ends if end <= i)])):
         if codes[a > 0, p].any():
             cos = codes[:, p] @ a / np.linalg.norm(codes[a > 0, p]) / np.linalg.norm(a)
             fits[p] = cos * min(1, a.max() / codes[:, p].max())
-    best, bins = max(fits, key=fits.get), np.minimum(15, a * 16 // (a.max() or 1))
+    best = max(fits, key=fits.get)
+    bins = np.minimum(15, a * 16 // (a.max() or 1))
     nearest = sorted(set(range(len(cosine))) - {i}, key=lambda j: -cosine[i, j])[:5]
     return {
         "latent": i,
@@ -1767,8 +1837,10 @@ def naive_figures(codes, ends, cosine, i):
 
 
 def test_the_figures_of_latents_and_their_tree_equal_a_naive_loop():
-    g, sae = np.random.default_rng(0), msae.MatryoshkaSAE(12, 12, (3, 8, 12))
-    codes, parents = g.random((600, 12)) * (g.random((600, 12)) < 0.2), {}
+    g = np.random.default_rng(0)
+    sae = msae.MatryoshkaSAE(12, 12, (3, 8, 12))
+    codes = g.random((600, 12)) * (g.random((600, 12)) < 0.2)
+    parents = {}
     codes[:, 11] = 0  # never on
     for parent, child, size in (
         (1, 5, 1.0),
@@ -1777,7 +1849,8 @@ def test_the_figures_of_latents_and_their_tree_equal_a_naive_loop():
     ):  # the last one too small for a child
         codes[:, child] = np.where(g.random(600) < 0.4, size * codes[:, parent], 0)
     codes[70] = 1e4
-    sae.W_enc.data, codes = torch.eye(12), codes.astype(np.float32).astype(float)
+    sae.W_enc.data = torch.eye(12)
+    codes = codes.astype(np.float32).astype(float)
     with pytest.warns(UserWarning, match="left out"):
         sparse = msae.sparse_codes(sae, codes)
     assert sparse.is_far.nonzero()[0].tolist() == [70]
@@ -1789,9 +1862,12 @@ def test_the_figures_of_latents_and_their_tree_equal_a_naive_loop():
         torch.nn.functional.cosine_similarity(sae.W_dec[:, None], sae.W_dec, dim=2).detach().numpy()
     )
     for figures, at, acts in msae.latent_figures(sae, sparse, [0, *range(3, 12)]):
-        a, random = codes[:, figures["latent"]], figures.pop("random")
-        assert np.array_equal(at, a.nonzero()[0]) and np.array_equal(acts, a[a > 0])
-        assert set(random) <= set(at) and len(set(random)) == len(random) == min(5, len(at))
+        a = codes[:, figures["latent"]]
+        random = figures.pop("random")
+        assert np.array_equal(at, a.nonzero()[0])
+        assert np.array_equal(acts, a[a > 0])
+        assert set(random) <= set(at)
+        assert len(set(random)) == len(random) == min(5, len(at))
         assert figures == naive_figures(codes, sae.prefixes, cosine, figures["latent"])
         parents[figures["latent"]] = figures["parent"] and figures["parent"][0]
     assert [parents[i] for i in (0, 5, 6, 9, 11)] == [None, 1, None, 5, None]
@@ -1799,7 +1875,8 @@ def test_the_figures_of_latents_and_their_tree_equal_a_naive_loop():
 
 def test_the_page_shows_tokens_in_their_text_as_text(here):
     run("look", "run", "--vocab", "vocab.json")  # the rows of training, the ids beside them
-    data, x = page_data("run/look.html"), torch.from_numpy(np.load("acts.npy")).float()
+    data = page_data("run/look.html")
+    x = torch.from_numpy(np.load("acts.npy")).float()
     tokens = [
         "the",
         " Cat",
@@ -1811,20 +1888,19 @@ def test_the_page_shows_tokens_in_their_text_as_text(here):
     ]  # the last by its number
     assert data["tokens"] == [tokens[id] for id in np.load("acts.ids.npy")[:, 1]]
     sample = page_data(HERE / "look.html")
-    assert sample.keys() == data.keys() and sample["latents"][0].keys() == data["latents"][0].keys()
+    assert sample.keys() == data.keys()
+    assert sample["latents"][0].keys() == data["latents"][0].keys()
     codes = msae.MatryoshkaSAE.load("run").encode(x).detach().numpy()
-    assert [l["latent"] for l in data["latents"]] == [*range(32)] and data["ends"] == [
-        2,
-        4,
-        8,
-        16,
-        32,
-    ]
-    for l, acts in zip(data["latents"], codes.T):
-        assert l["share"] == pytest.approx(np.mean(acts > 0), rel=1e-3)
-        for context in l["largest"] + l["random"]:
-            row, start = context["row"], context["row"] // 30 * 30  # of a text of 30 rows
-            first, end = max(start, row - 10), min(start + 30, row + 6)
+    assert [each["latent"] for each in data["latents"]] == [*range(32)]
+    assert data["ends"] == [2, 4, 8, 16, 32]
+    for figures, acts in zip(data["latents"], codes.T):
+        assert figures["share"] == pytest.approx(np.mean(acts > 0), rel=1e-3)
+        for context in figures["largest"] + figures["random"]:
+            # of a text of 30 rows
+            row = context["row"]
+            start = context["row"] // 30 * 30
+            first = max(start, row - 10)
+            end = min(start + 30, row + 6)
             assert (context["from"], context["at"]) == (first, row - first)
             shades = [int(c, 36) for c in context["shades"]]
             assert shades == pytest.approx(35 * acts[first:end] / acts.max(), abs=0.51)
@@ -1835,10 +1911,13 @@ def test_the_page_shows_tokens_in_their_text_as_text(here):
         "look", "--acts", "acts.npy", "--rows", 500, "--latents", 9
     )  # the newest checkpoint, without tokens
     data = page_data("runs/mine/look.html")
-    assert len(data["latents"]) == 9 and data["about"].startswith("470 rows") and not data["tokens"]
+    assert len(data["latents"]) == 9
+    assert data["about"].startswith("470 rows")
+    assert not data["tokens"]
     first = data["latents"][0]["largest"][0]
     others = np.setdiff1d(np.flatnonzero(codes[first["row"]]), data["latents"][0]["latent"])
-    assert set(first["others"]) <= {*others} and len(first["others"]) >= min(8, len(others))
+    assert set(first["others"]) <= {*others}
+    assert len(first["others"]) >= min(8, len(others))
 
 
 @pytest.mark.parametrize(
@@ -1873,8 +1952,9 @@ def test_vocabularies_and_ids_of_every_kind(tmp_path, content, texts):
 
 @pytest.fixture
 def browser(tmp_path):
-    """A function that has headless Chromium carry out a command of its DevTools protocol, over two pipes."""
-    (commands, to), (back, replies) = os.pipe(), os.pipe()
+    """A function that has headless Chromium carry out a command of its DevTools protocol."""
+    (commands, to) = os.pipe()
+    (back, replies) = os.pipe()
     switches = f"--headless --no-sandbox --remote-debugging-pipe --user-data-dir={tmp_path}/home"
     words = [
         "bash",
@@ -1886,7 +1966,9 @@ def browser(tmp_path):
     ]
     process = subprocess.Popen(words, pass_fds=(commands, replies), stderr=subprocess.DEVNULL)
     os.close(replies)
-    stream, number, session = os.fdopen(back, "rb"), itertools.count(), {}
+    stream = os.fdopen(back, "rb")
+    number = itertools.count()
+    session = {}
 
     def call(method, **params):
         message = {"id": next(number), "method": method, "params": params, **session}
@@ -1917,15 +1999,18 @@ def test_in_a_browser_links_lead_on_tokens_are_found_and_foreign_text_does_nothi
 
     def click(where):  # on a link; what is then shown
         return js(
-            "new Promise(done => { onhashchange = () => done(document.querySelector('h2').innerText); "
+            "new Promise(done => {"
+            "onhashchange = () => done(document.querySelector('h2').innerText); "
             f"document.querySelector('{where}').click() }})"
         )
 
-    tree, sae = msae.FeatureTree(toy_settings()["tree"]), msae.MatryoshkaSAE(20, 20, (3, 20))
+    tree = msae.FeatureTree(toy_settings()["tree"])
+    sae = msae.MatryoshkaSAE(20, 20, (3, 20))
     order = sorted(
         range(20), key=lambda feature: feature not in (0, 4, 8)
     )  # those with children first
-    sae.W_dec.data, sae.W_enc.data = tree.directions[order], tree.directions[order].T.contiguous()
+    sae.W_dec.data = tree.directions[order]
+    sae.W_enc.data = tree.directions[order].T.contiguous()
     sae.save("tree")
     np.save("tree.npy", tree.sample(2000, 0))
     np.save("tree.ids.npy", np.stack([np.arange(2000) // 50, np.arange(2000) % 7], axis=1))
@@ -1938,7 +2023,8 @@ def test_in_a_browser_links_lead_on_tokens_are_found_and_foreign_text_does_nothi
         js("document.readyState + document.querySelector('h2')?.textContent") != "completeLatent 17"
     ):
         assert time.monotonic() < end
-    number, beside = int(click("nav > details > details a").split()[1]), ".relations .line"
+    number = int(click("nav > details > details a").split()[1])
+    beside = ".relations .line"
     assert number < 3 <= int(click(beside).split()[1])  # its child
     assert click(beside) == f"Latent {number}"  # whose parent it is
     found = js(
@@ -1946,7 +2032,8 @@ def test_in_a_browser_links_lead_on_tokens_are_found_and_foreign_text_does_nothi
         "box.dispatchEvent(new Event('input', {bubbles: true})); "
         "[...document.querySelectorAll('nav .line')].map(a => a.textContent).join('|')"
     )
-    assert found and all(" Cat" in line for line in found.split("|"))
+    assert found
+    assert all(" Cat" in line for line in found.split("|"))
     assert js("document.querySelectorAll('img, script').length") == 2
     assert not {
         "Runtime.exceptionThrown",
@@ -1956,21 +2043,21 @@ def test_in_a_browser_links_lead_on_tokens_are_found_and_foreign_text_does_nothi
     } & {*browser.events}
 
 
-# ----------------------------------------------------------------------------------- the Hub and neighbours
+# --------------------------------------------------------------------------- the Hub and neighbours
 
 
 class Hub(
     http.server.BaseHTTPRequestHandler
 ):  # what a push and a load need of its API; weights go by LFS
-    repos, large, refuse = (
-        {},
-        {},
-        {},
-    )  # {name: {path: bytes}}, {sha256: bytes}, {last part of a path: status}
+    # {name: {path: bytes}}, {sha256: bytes}, {last part of a path: status}
+    repos = {}
+    large = {}
+    refuse = {}
     protocol_version = "HTTP/1.1"
 
     def answer(self, path, last, body):
-        url, repo = f"http://{self.headers['Host']}", "/".join(path.split("/")[3:5])
+        url = f"http://{self.headers['Host']}"
+        repo = "/".join(path.split("/")[3:5])
         sent = json.loads(body) if body[:1] == b"{" and b"\n" not in body else {}
         if last == "create":
             self.repos["ada/" + sent["name"]] = {}
@@ -2043,7 +2130,7 @@ class Hub(
 
 @pytest.fixture
 def hub(here, tmp_path, monkeypatch):
-    """The address of a running Hub, which this process's client uses with a token and a cache of its own."""
+    """The address of a running Hub, which the client here uses, with a token and a cache."""
     monkeypatch.setattr(Hub, "repos", {})
     monkeypatch.setattr(Hub, "refuse", {})
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
@@ -2069,7 +2156,8 @@ def hub(here, tmp_path, monkeypatch):
 @pytest.fixture
 def api(here, monkeypatch):
     api = unittest.mock.MagicMock(endpoint="https://hub")
-    api.create_repo.return_value.repo_id, api.revision_exists.return_value = "ada/mine", False
+    api.create_repo.return_value.repo_id = "ada/mine"
+    api.revision_exists.return_value = False
     monkeypatch.setattr(huggingface_hub, "HfApi", api.made)
     api.made.return_value = api
     return api
@@ -2083,23 +2171,30 @@ def test_push_without_arguments_load_and_the_snippets_of_the_card(hub):
     shutil.copytree("run", "runs/mine", dirs_exist_ok=True)
     assert run("push") == f"{hub}/ada/mine\n"
     pushed = Hub.repos["ada/mine"]
-    assert set(pushed) == PUSHED and pushed["config.json"] == pushed["cfg.json"]
+    assert set(pushed) == PUSHED
+    assert pushed["config.json"] == pushed["cfg.json"]
     as_they_are = PUSHED & {*os.listdir("run")} - {"cfg.json"}
     assert all(pushed[name] == Path("run", name).read_bytes() for name in as_they_are)
-    ours, local = msae.MatryoshkaSAE.load("ada/mine"), msae.MatryoshkaSAE.load("run")
+    ours = msae.MatryoshkaSAE.load("ada/mine")
+    local = msae.MatryoshkaSAE.load("run")
     assert local.metadata.pop("acts").endswith(
         "acts.npy"
     )  # a path of this machine is not for others
-    assert same(ours, local) and ours.prefixes == local.prefixes and ours.metadata == local.metadata
-    card, found = pushed["README.md"].decode(), json.loads(pushed["eval-acts.json"])
+    assert same(ours, local)
+    assert ours.prefixes == local.prefixes
+    assert ours.metadata == local.metadata
+    card = pushed["README.md"].decode()
+    found = json.loads(pushed["eval-acts.json"])
     figures = "{fvu:.4f} {l0:.2f} {dead:.2%} {max_cosine:.3f} 3,000".format(**found).split()
-    assert (
-        found["rows"] == 3000 and all(figure in card for figure in figures) and "| 2 | 0." in card
-    )
-    snippets, names = re.findall(r"```python\n(.*?)```", card, re.DOTALL), {}
+    assert found["rows"] == 3000
+    assert all(figure in card for figure in figures)
+    assert "| 2 | 0." in card
+    snippets = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    names = {}
     for snippet in snippets[: 2 if importlib.util.find_spec("sae_lens") else 1]:
         exec(snippet, names)
-        assert names["codes"].shape == (8, 32) and names["recon"].shape == (8, 16)
+        assert names["codes"].shape == (8, 32)
+        assert names["recon"].shape == (8, 16)
 
 
 @pytest.mark.parametrize(
@@ -2125,7 +2220,9 @@ def test_the_options_of_push_pass_through(api, options, passed, printed):
 
 def test_dry_run_shows_files_and_card_and_touches_no_network(api):
     output = run("push", "run", "--dry-run")
-    assert not api.create_repo.called and not api.create_commit.called and "YOUR_NAME/run" in output
+    assert not api.create_repo.called
+    assert not api.create_commit.called
+    assert "YOUR_NAME/run" in output
     assert set(re.findall(r"^ +[\d,]+  (\S+)$", output, re.MULTILINE)) == PUSHED
     assert all(
         word in output for word in ("library_name: saelens", 'base_model: "ada/tiny"', "ada/rows")
@@ -2135,14 +2232,17 @@ def test_dry_run_shows_files_and_card_and_touches_no_network(api):
 
 
 def test_a_push_that_cannot_be_is_refused_in_one_line_without_the_token(api):
-    assert "runs/" in refused("push") and "cfg.json" in refused("push", "nowhere", "ada/mine")
+    assert "runs/" in refused("push")
+    assert "cfg.json" in refused("push", "nowhere", "ada/mine")
     for stage, error in (
         ("create_commit", OSError("no\nnet Bearer hf_x")),
         ("create_repo", KeyError("net")),
     ):
         getattr(api, stage).side_effect = error
         line = refused("push", "run", "ada/mine", "--token", "hf_x")
-        assert "ada/mine" in line and "net" in line and "hf_x" not in line
+        assert "ada/mine" in line
+        assert "net" in line
+        assert "hf_x" not in line
     msae.write("run/eval-acts.json", {"fvu": 1})
     assert "eval-acts.json" in refused("push", "run", "ada/mine")
 
@@ -2151,18 +2251,18 @@ def test_what_the_hub_refuses_is_one_line(hub):
     with pytest.raises(OSError, match=r"\Aada/none cannot be read from the Hub: .*404.*\Z"):
         msae.MatryoshkaSAE.load("ada/none")
     Hub.refuse["main"] = 500
-    assert "500" in refused("push", "run", "ada/mine") and not Hub.repos["ada/mine"]
+    assert "500" in refused("push", "run", "ada/mine")
+    assert not Hub.repos["ada/mine"]
     assert "'ada/my sae'" in refused("push", "run", "ada/my sae")
 
 
 def test_a_folder_wins_over_a_repository_and_other_names_are_none(here, monkeypatch):
-    asked, sae = (
-        unittest.mock.Mock(side_effect=["run", KeyError("x\ny")]),
-        msae.MatryoshkaSAE.load("run"),
-    )
+    asked = unittest.mock.Mock(side_effect=["run", KeyError("x\ny")])
+    sae = msae.MatryoshkaSAE.load("run")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", asked)
     assert same(msae.MatryoshkaSAE.load("ada/mine", revision="v1"), sae)
-    assert asked.call_args.args[0] == "ada/mine" and asked.call_args.kwargs["revision"] == "v1"
+    assert asked.call_args.args[0] == "ada/mine"
+    assert asked.call_args.kwargs["revision"] == "v1"
     with pytest.raises(OSError, match="ada/mine cannot be read from the Hub: 'x.*y'$"):
         msae.MatryoshkaSAE.load("ada/mine")
     sae.save("ada/mine")
@@ -2199,35 +2299,42 @@ def close_to(theirs, ours, x, tolerance=1e-6):
         torch.testing.assert_close(a.detach(), b.detach(), rtol=tolerance, atol=tolerance)
 
 
+def snippets_of(path, language="python"):
+    return re.findall(rf"```{language}\n(.*?)```", (HERE / path).read_text(), re.DOTALL)
+
+
 def test_readme_snippets_run_in_order(hub):
     np.save("acts.npy", rows(5000, 64).astype(np.float16))
-    snippets, names = (
-        re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL),
-        {},
-    )
-    assert len(snippets) == 6
-    for snippet in snippets:
-        if "sae_lens" not in snippet or importlib.util.find_spec("sae_lens"):
-            exec(snippet, names)
-        if "msae.train(" in snippet:
+    snippets = snippets_of("README.md")
+    assert len(snippets) == 7
+    names = {}
+    for snippet in [*snippets, *snippets_of("docs/details.md")]:
+        if "sae_lens" in snippet and not importlib.util.find_spec("sae_lens"):
+            continue
+        exec(snippet, names)
+        if 'out="runs/mine"' in snippet:
             run("push", "runs/mine", "ada/mine")
+    x = torch.from_numpy(np.load("acts.npy")).float()
+    # the twins of one pass are those of two runs
+    for name, cfg in (("matryoshka", names["cfg"]), ("vanilla", names["cfg"].vanilla())):
+        assert same(names[name], msae.train(np.load("acts.npy"), cfg))
+    # the L1 SAE is what was trained: without a threshold
+    assert not names["dense"].threshold.any()
+    assert names["faded"].threshold.all()
+    assert msae.evaluate(names["dense"], x)["l0"] > 30
     if importlib.util.find_spec("dictionary_learning"):
         for name in ("nnsight", "zstandard"):  # of its language-model half
             sys.modules.setdefault(name, unittest.mock.MagicMock())
-        theirs = importlib.import_module("dictionary_learning.utils").load_dictionary(
-            "runs/theirs", "cpu"
-        )[0]
-        close_to(
-            theirs,
-            msae.MatryoshkaSAE.load("runs/mine"),
-            torch.from_numpy(np.load("acts.npy")).float(),
-        )
+        loading = importlib.import_module("dictionary_learning.utils")
+        theirs = loading.load_dictionary("runs/theirs", "cpu")[0]
+        close_to(theirs, msae.MatryoshkaSAE.load("runs/mine"), x)
         assert theirs.group_sizes.tolist() == [32, 32, 64, 128, 256]
 
 
 def test_saelens_opens_every_checkpoint_and_the_hub(hub):
     sae_lens = pytest.importorskip("sae_lens")
-    x, cfg = torch.from_numpy(rows(1000)), config(n_latents_start=40, order="energy", steps=100)
+    x = torch.from_numpy(rows(1000))
+    cfg = config(n_latents_start=40, order="energy", steps=100)
     msae.train(
         x,
         cfg,
@@ -2262,10 +2369,8 @@ def test_jumprelu_saes_of_saelens_load(tmp_path, centred):
     theirs.b_dec.data.normal_()
     theirs.W_dec.data *= torch.rand(32, 1) + 0.5  # no unit rows
     theirs.save_inference_model(tmp_path)
-    theirs, x = (
-        sae_lens.SAE.load_from_disk(tmp_path),
-        torch.from_numpy(rows(200, mean=0.5, scale=1.0)),
-    )
+    theirs = sae_lens.SAE.load_from_disk(tmp_path)
+    x = torch.from_numpy(rows(200, mean=0.5, scale=1.0))
     close_to(theirs, msae.MatryoshkaSAE.load(tmp_path), x, 1e-5)
     theirs.threshold.data.uniform_(0, 0.2)  # per latent
     theirs.save_model(tmp_path)
@@ -2275,7 +2380,8 @@ def test_jumprelu_saes_of_saelens_load(tmp_path, centred):
 
 @pytest.mark.parametrize("centred", [True, False])
 def test_each_latent_has_its_own_threshold_and_inputs_may_be_uncentred(tmp_path, centred):
-    sae, x = msae.MatryoshkaSAE(16, 32), torch.from_numpy(rows(50, mean=0.5))
+    sae = msae.MatryoshkaSAE(16, 32)
+    x = torch.from_numpy(rows(50, mean=0.5))
     sae.threshold.uniform_(0, 3)
     sae.b_dec.data.normal_()
     sae.save(tmp_path)
@@ -2290,7 +2396,8 @@ def test_each_latent_has_its_own_threshold_and_inputs_may_be_uncentred(tmp_path,
 
 ALONE = """
 import sys
-sys.modules.update(dict.fromkeys(["click", "rich", "huggingface_hub", "cli"]))  # no import of them succeeds
+# no import of these succeeds
+sys.modules.update(dict.fromkeys(["click", "rich", "huggingface_hub", "cli"]))
 import msae, numpy as np, torch
 rows = np.random.default_rng(0).normal(size=(2000, 8)).astype("f4")
 trained = msae.train(rows, msae.TrainConfig(n_latents=16, k=3, batch_size=64, steps=30), out="run")
@@ -2304,11 +2411,13 @@ def test_msae_works_copied_alone_into_a_folder(tmp_path):
     shutil.copy(HERE / "msae.py", tmp_path)
     command = [sys.executable, "-c", ALONE]
     done = subprocess.run(command, cwd=tmp_path, env={"PATH": ""}, capture_output=True, text=True)
-    assert done.stderr.startswith("Traceback") and not done.stdout  # no warning before
+    # no warning before
+    assert done.stderr.startswith("Traceback")
+    assert not done.stdout
     assert re.match("OSError: ada/mine .*huggingface_hub", done.stderr.splitlines()[-1])
 
 
-# ------------------------------------------------------------------------------------ numbers under stress
+# ----------------------------------------------------------------------------- numbers under stress
 
 STRESS = {  # what is done to the rows (n, 16), and settings
     "tiny": (lambda x: x * 1e-4, {}),
@@ -2339,9 +2448,11 @@ STRESS = {  # what is done to the rows (n, 16), and settings
 def test_strange_rows_and_sizes_keep_finite_weights_and_l0(change, settings):
     data = change(rows(8000)).astype(np.float32)
     sae = msae.train(data[:6000], config(**{"steps": 200, **settings}))
-    figures, k = msae.evaluate(sae, data[6000:]), settings.get("k", 4.5)
+    figures = msae.evaluate(sae, data[6000:])
+    k = settings.get("k", 4.5)
     assert all(tensor.isfinite().all() for tensor in (*sae.parameters(), sae.threshold))
-    assert np.isfinite(figures["fvu"]) and (sae.W_dec.norm(dim=1) - 1).abs().max() < 1e-5
+    assert np.isfinite(figures["fvu"])
+    assert (sae.W_dec.norm(dim=1) - 1).abs().max() < 1e-5
     counts = (sae.encode(torch.from_numpy(data[6000:])) > 0).sum(dim=1).float()
     noise = counts.std() * (1 / 282 + 1 / 2000) ** 0.5  # of the rows that calibrate, and of these
     all_positive = figures["l0"] < k and not sae.threshold.any()
@@ -2357,7 +2468,7 @@ def test_a_diverged_run_is_refused_and_not_saved(tmp_path, steps):
     )
 
 
-# ---------------------------------------------------------------------------------------------------- enemy
+# -------------------------------------------------------------------------------------------- enemy
 
 FUZZ = int(
     os.environ.get("MSAE_FUZZ", 130)
@@ -2405,7 +2516,7 @@ PARTS = rb"""-?\d[\w.+-]*|"[^"]*"|'[^']*'|\[[^\[\]]*\]|\([^()]*\)|true|null"""
 
 
 def damaged(g, data):
-    """``data`` cut, with a bit flipped, bytes put in, a value swapped, or a pickle that leaves a trace."""
+    """``data`` cut, with a bit flipped, bytes put in, a value swapped; or a harmful pickle."""
     at = g.randrange(g.choice((len(data), min(len(data), 200))))
     part = g.choice(list(re.finditer(PARTS, data[:4000])))
     swapped = data[: part.start()] + g.choice(WORDS + LONG).encode() + data[part.end() :]
@@ -2423,7 +2534,8 @@ def damaged(g, data):
     )
 
 
-NEW, PUSH = [*TRAIN, "--out", "new"], "push run ada/mine --dry-run".split()
+NEW = [*TRAIN, "--out", "new"]
+PUSH = "push run ada/mine --dry-run".split()
 ATTACKS = {  # the command that reads a damaged file; none: its options are bad
     "acts.npy": NEW,
     f"run/{msae.WEIGHTS}": EVAL,
@@ -2462,10 +2574,8 @@ def breaking_after(n, error):
 def attack(name, number):
     g = random.Random(f"{name} {number}")
     words = list(ATTACKS[name] or g.choice((NEW, EVAL, HARVEST, TOY, PUSH, BENCH, LOOK)))
-    stream, error = (
-        contextlib.nullcontext(),
-        g.choice((OSError(28, "full"), BrokenPipeError(32, "closed"))),
-    )
+    stream = contextlib.nullcontext()
+    error = g.choice((OSError(28, "full"), BrokenPipeError(32, "closed")))
     if name == "stream":
         stream = breaking_after(g.randrange(3000), error)
     elif name:
@@ -2481,7 +2591,9 @@ def attack(name, number):
     runner = click.testing.CliRunner(charset=g.choice(("utf-8", "ascii", "cp1252")))
     with stream:
         result = runner.invoke(cli.main, words)
-    lines, code, after = result.output.splitlines(), result.exit_code, files()
+    lines = result.output.splitlines()
+    code = result.exit_code
+    after = files()
     errors = [line for line in lines if line.startswith("Error:")]
     kept = {
         "no traceback": isinstance(result.exception, (SystemExit, type(None)))
@@ -2519,6 +2631,5 @@ def test_bad_input_gets_one_line_and_harms_nothing(good, name, tmp_path, monkeyp
     monkeypatch.setattr(huggingface_hub, "snapshot_download", no_hub)
     process = forked(work, tmp_path / "output")
     process.join()
-    assert process.exitcode == 0 and not (tmp_path / "output").read_text(), (
-        tmp_path / "output"
-    ).read_text()
+    assert process.exitcode == 0, (tmp_path / "output").read_text()
+    assert not (tmp_path / "output").read_text(), (tmp_path / "output").read_text()
