@@ -211,7 +211,7 @@ class Step(NamedTuple):
     dead: Tensor  # (m,) latents that have not fired for long
     aux_coef: float  # weight of the AuxK loss
     cut: Tensor  # smallest entry that the last step kept, 0 before the first
-    memory: dict[str, Tensor]  # of tensors that are needed no more, to write into
+    memory: dict[str, Tensor]  # the gradients of the last step, for ``fast_loss`` to write over
 
 
 class Codes(NamedTuple):
@@ -273,15 +273,15 @@ def nested_loss(
     """``sum_p w_p mean_B |x - b_dec - acts[:, :p] @ W_dec[:p]|^2``, a scalar.
 
     ``x`` (B, D), ``acts`` (B, F); ``prefixes`` end in F, weights default to 1/P. The peers weigh
-    differently, so their learning rates do not transfer (README)."""
+    differently, so their learning rates do not transfer (docs/details.md)."""
     if weights is None:
         weights = [1 / len(prefixes)] * len(prefixes)
     sizes = np.diff(prefixes, prepend=0).tolist()
     recon = b_dec
     loss = x.new_zeros(())
-    blocks = zip(acts.split(sizes, dim=1), W_dec.split(sizes), weights, strict=True)
-    for block_acts, block_rows, weight in blocks:
-        recon = recon + block_acts @ block_rows
+    groups = zip(acts.split(sizes, dim=1), W_dec.split(sizes), weights, strict=True)
+    for group_acts, group_rows, weight in groups:
+        recon = recon + group_acts @ group_rows
         loss = loss + weight * (x - recon).pow(2).sum(dim=1).mean()
     return loss
 
@@ -325,15 +325,32 @@ CACHED = 1 << 19
 
 
 def fast_loss(sae: MatryoshkaSAE, x: Tensor, step: Step) -> tuple[Tensor, Codes]:
-    """``batch_loss``: the same value, the same gradients, with one dense product instead of six.
+    """``batch_loss``: the same value, the same gradients of the parameters (none of ``x``), with
+    one dense product instead of six.
 
-    ``ValueError`` for an SAE with other parameters, of which it knows no gradients."""
+    ``ValueError`` for an SAE with other parameters, and for prefixes or weights that do not fit."""
     known = ("W_enc", "b_enc", "W_dec", "b_dec")
     for name, _ in sae.named_parameters():
-        require(name in known, "fast_loss has no gradient, take loss=batch_loss, for", name)
+        if name not in known:
+            raise ValueError(f"fast_loss knows no gradient of {name}: train with loss=batch_loss")
+    n_latents = len(sae.b_enc)
+    require(step.prefixes[-1] == n_latents, f"prefixes must end with {n_latents}", step.prefixes)
+    rule = f"weights must be {len(step.prefixes)}, one a prefix"
+    require(len(step.weights) == len(step.prefixes), rule, step.weights)
     parameters = (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec)
     loss, values, index = _FastLoss.apply(x, step, *parameters)
     return loss, Codes(values, index)
+
+
+@torch.no_grad()
+def check_fast_loss(sae: MatryoshkaSAE, x: Tensor, step: Step) -> None:
+    """``ValueError`` if ``fast_loss`` of rows ``x`` is not ``batch_loss``, as after a change of
+    one."""
+    fast, _ = fast_loss(sae, x, step)
+    literal, _ = batch_loss(sae, x, step)
+    if not torch.isclose(fast, literal, rtol=1e-3):
+        losses = f"{float(fast):.6g} for {float(literal):.6g}"
+        raise ValueError(f"fast_loss is not batch_loss: {losses}; train with loss=batch_loss")
 
 
 class _FastLoss(torch.autograd.Function):
@@ -341,49 +358,51 @@ class _FastLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, step, W_enc, b_enc, W_dec, b_dec):
-        ctx.in_blocks = in_blocks(x)
+        ctx.in_tiles = in_tiles(x)
         x = x - b_dec
-        select = topk_in_blocks if ctx.in_blocks else topk_at_once
+        select = topk_in_tiles if ctx.in_tiles else topk_at_once
         values, index = select(x, W_enc, b_enc, step.n_kept, step.cut)
         G = take_memory(step.memory, "G", (len(x), len(step.prefixes), x.shape[1]), x)
+        ctx.dW_enc = take_memory(step.memory, "W_enc", W_enc.shape, x)
+        ctx.dW_dec = take_memory(step.memory, "W_dec", W_dec.shape, x)
         with autocast(x.device, "float32"):
-            loss, d_values, latent, row_block = nested_gradients(x, values, index, W_dec, step, G)
+            loss, d_values, latent, row_group = nested_gradients(x, values, index, W_dec, step, G)
         ctx.dead_grads = ()
         if len(step.dead) > 0 and step.aux_coef > 0:
             residual = x - decode_entries(values, index, W_dec, len(x))
             revival, ctx.dead_grads = aux_gradients(x, residual, step.dead, W_enc, b_enc, W_dec)
             loss = loss + step.aux_coef * revival
         ctx.step = step
-        ctx.save_for_backward(x, values, d_values, latent, row_block, G, W_enc)
+        ctx.save_for_backward(x, values, d_values, latent, row_group, G, W_enc)
         ctx.mark_non_differentiable(values, index)
         return loss, values, index
 
     @staticmethod
     def backward(ctx, d_loss, *_):
-        x, values, d_values, latent, row_block, G, W_enc = ctx.saved_tensors
-        memory = ctx.step.memory
-        n_blocks = G.shape[1]
+        x, values, d_values, latent, row_group, G, W_enc = ctx.saved_tensors
+        n_groups = G.shape[1]
         values = values * d_loss
         d_values = d_values * d_loss
-        dW_enc = take_memory(memory, "W_enc", W_enc.shape, x)
-        dW_dec = take_memory(memory, "W_dec", W_enc.T.shape, x)
+        dW_enc, dW_dec = ctx.dW_enc, ctx.dW_dec
+        ctx.dW_enc = ctx.dW_dec = None  # autograd copies what somebody else holds
 
         latent, by_latent = latent.sort(stable=True)
-        row_block = row_block[by_latent]
+        row_group = row_group[by_latent]
         starts = torch.searchsorted(latent, torch.arange(len(dW_dec) + 1, device=x.device))
-        # dW_dec = acts_j.T @ G_j for the latents of block j; dW_enc = x.T @ d_pre
-        sums_by_latent(dW_dec, values[by_latent], row_block, starts, G.flatten(0, 1), ctx.in_blocks)
-        row = row_block // n_blocks
-        sums_by_latent(dW_enc.T, d_values[by_latent], row, starts, x, ctx.in_blocks)
+        # dW_dec = acts_j.T @ G_j for the latents of group j; dW_enc = x.T @ d_pre
+        sums_by_latent(dW_dec, values[by_latent], row_group, starts, G.flatten(0, 1), ctx.in_tiles)
+        row = row_group // n_groups
+        sums_by_latent(dW_enc.T, d_values[by_latent], row, starts, x, ctx.in_tiles)
         db_enc = x.new_zeros(len(dW_dec)).index_add_(0, latent, d_values[by_latent])
         # b_dec is added to every reconstruction and taken from every input
         db_dec = G[:, 0].sum(dim=0) * d_loss - W_enc @ db_enc
 
-        targets = ((dW_enc, 1), (db_enc, 0), (dW_dec, 0))
-        for (grad, dim), dead_grad in zip(targets, ctx.dead_grads, strict=False):
+        if ctx.dead_grads:
             share = ctx.step.aux_coef / len(x)
-            grad.index_add_(dim, ctx.step.dead, dead_grad * d_loss, alpha=share)
-        memory["G"] = G
+            targets = ((dW_enc, 1), (db_enc, 0), (dW_dec, 0))
+            for (grad, dim), dead_grad in zip(targets, ctx.dead_grads, strict=True):
+                grad.index_add_(dim, ctx.step.dead, dead_grad * d_loss, alpha=share)
+        ctx.step.memory["G"] = G
         return None, None, dW_enc, db_enc, dW_dec, db_dec
 
 
@@ -404,8 +423,8 @@ def autocast(device: torch.device, dtype: str) -> contextlib.AbstractContextMana
     return torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")
 
 
-def in_blocks(x: Tensor) -> bool:
-    """Whether to work in blocks that stay in the cache: on a CPU in float32. Else at once."""
+def in_tiles(x: Tensor) -> bool:
+    """Whether to work in tiles that stay in the cache: on a CPU in float32. Else at once."""
     return x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
 
 
@@ -415,7 +434,7 @@ def topk_at_once(x: Tensor, W_enc: Tensor, b_enc: Tensor, n_kept: int, cut: Tens
     return values.float().clamp_min(0), index
 
 
-def topk_in_blocks(x: Tensor, W_enc: Tensor, b_enc: Tensor, n_kept: int, cut: Tensor):
+def topk_in_tiles(x: Tensor, W_enc: Tensor, b_enc: Tensor, n_kept: int, cut: Tensor):
     """The same on a CPU, faster: the one dense product of a step is made some latents at a time,
     and only entries above 0.9 of the ``cut``, the smallest of the last step, are looked at again.
 
@@ -427,8 +446,8 @@ def topk_in_blocks(x: Tensor, W_enc: Tensor, b_enc: Tensor, n_kept: int, cut: Te
     width = max(1, 4 * CACHED // n_rows)  # 4: each number is read just once
     found_values, found_index = [], []
     for start in range(0, n_latents, width):
-        block = slice(start, start + width)
-        pre = torch.addmm(b_enc[block], x, W_enc[:, block])
+        tile = slice(start, start + width)
+        pre = torch.addmm(b_enc[tile], x, W_enc[:, tile])
         # numpy finds the places among 6 million numbers in 3 ms, torch in 14
         above = np.flatnonzero((pre > 0.9 * cut).numpy())
         row, latent = np.divmod(above, pre.shape[1])
@@ -452,8 +471,8 @@ def weighted_row_sums(values: Tensor | None, index: Tensor, starts: Tensor, rows
 def decode_entries(values: Tensor, index: Tensor, W_dec: Tensor, n_rows: int) -> Tensor:
     """``acts @ W_dec`` (B, D) of ``values`` at row-major positions ``index``, rising."""
     n_latents = len(W_dec)
-    row_numbers = torch.arange(n_rows + 1, device=index.device)
-    starts = torch.searchsorted(index // n_latents, row_numbers)
+    first_of_row = torch.arange(n_rows + 1, device=index.device)
+    starts = torch.searchsorted(index // n_latents, first_of_row)
     return weighted_row_sums(values, index % n_latents, starts, W_dec)
 
 
@@ -462,35 +481,35 @@ def nested_gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``nested_loss`` of sparse codes and its gradients; ``x`` (B, D) is without ``b_dec``.
 
-    The latents between two prefixes are a block. In row b, block j decodes to ``R_j``; ``R_1``
-    takes ``-x`` in. So prefix p leaves the residual ``sum_{j <= p} R_j``, and the loss is a
-    quadratic form:
+    The latents between two prefixes are a group. In row b, group j decodes to ``R_j``; ``R_1``
+    takes ``-x`` in. So level l, the groups up to l, leaves the residual ``sum_{j <= l} R_j``, and
+    the loss is a quadratic form:
 
-        L = 1/2 sum_b sum_ij K_ij <R_i, R_j>,   K_ij = 2/B sum_{p >= max(i, j)} w_p
+        L = 1/2 sum_b sum_ij K_ij <R_i, R_j>,   K_ij = 2/B sum_{l >= max(i, j)} w_l
         dL/dR = G = K R,    so   L = 1/2 sum_b sum_j <G_j, R_j>
         dL/dvalue = <G_j, W_dec[latent]>,   so   L = 1/2 (sum value dL/dvalue - sum_b <G_1, x>)
 
-    Fills ``G`` (B, P, D). Returns the loss, d_values, latent and row_block = row * P + block, all
-    (n_kept,)."""
-    n_rows, n_blocks, d_model = G.shape
+    Fills ``G`` (B, P, D). Returns the loss, and d_values, latent and row_group = row * P + group,
+    each (n_kept,)."""
+    n_rows, n_groups, d_model = G.shape
     device = x.device
     latent = index % len(W_dec)
     prefixes = torch.tensor(step.prefixes).to(device, non_blocking=True)
-    block = torch.bucketize(latent, prefixes, right=True)
-    row_block = index // len(W_dec) * n_blocks + block
-    starts = torch.searchsorted(row_block, torch.arange(n_rows * n_blocks + 1, device=device))
+    group = torch.bucketize(latent, prefixes, right=True)
+    row_group = index // len(W_dec) * n_groups + group
+    starts = torch.searchsorted(row_group, torch.arange(n_rows * n_groups + 1, device=device))
 
-    weight_from = [2 / n_rows * sum(step.weights[p:]) for p in range(n_blocks)]
+    weight_from = [2 / n_rows * sum(step.weights[level:]) for level in range(n_groups)]
     weight_from = torch.tensor(weight_from).to(device, non_blocking=True)
     K = torch.minimum(weight_from, weight_from[:, None]).to(x.dtype)
 
-    # On a CPU some rows at a time: 16 MiB of memory are used again, more would be fresh: slow.
-    n_part = max(1, 8 * CACHED // (n_blocks * d_model)) if device.type == "cpu" else n_rows
+    # On a CPU in parts of 16 MiB, which the allocator uses again; larger ones are fresh memory.
+    n_part = max(1, 8 * CACHED // (n_groups * d_model)) if device.type == "cpu" else n_rows
     d_values = torch.empty_like(values)
     entry = 0
     for first_row in range(0, n_rows, n_part):
         rows = slice(first_row, first_row + n_part)
-        bags = starts[first_row * n_blocks : (first_row + n_part) * n_blocks + 1]
+        bags = starts[first_row * n_groups : (first_row + n_part) * n_groups + 1]
         is_last = first_row + n_part >= n_rows
         end = len(values) if is_last else int(bags[-1])
         entries = slice(entry, end)
@@ -505,7 +524,7 @@ def nested_gradients(
         entry = end
     d_values *= values > 0
     loss = (values @ d_values - torch.linalg.vecdot(G[:, 0], x).sum()) / 2
-    return loss, d_values, latent, row_block
+    return loss, d_values, latent, row_group
 
 
 def aux_gradients(
@@ -524,14 +543,14 @@ def aux_gradients(
 
 
 def sums_by_latent(
-    out: Tensor, values: Tensor, index: Tensor, starts: Tensor, rows: Tensor, blocked: bool
+    out: Tensor, values: Tensor, index: Tensor, starts: Tensor, rows: Tensor, tiled: bool
 ) -> None:
     """``weighted_row_sums`` of the entries of each latent into ``out`` (F, D).
 
-    ``blocked``: in parts that stay in a CPU's cache, the sums and where they go (hence / 2). Else
+    ``tiled``: in parts that stay in a CPU's cache, the sums and where they go (hence / 2). Else
     at once; as one thread of a GPU walks a whole sum, in two stages, the first of at most 64 terms
     each."""
-    if blocked:
+    if tiled:
         size = max(1, CACHED // 2 // out.shape[1])
         for first in range(0, len(out), size):
             bags = starts[first : first + size + 1]
@@ -599,14 +618,14 @@ class TrainConfig:
         n_kept = round(least_k * self.batch_size)
         require(n_kept >= 1, "k must keep at least one entry of a batch", least_k)
         self._check("n_latents_start", n_latents, whole=True)
-        self._check("prune_window", 0, 1, length=2)
+        self._check_list("prune_window", 0, 1, length=2)
         begin, end = self.prune_window
         require(begin < end, "prune_window must rise", self.prune_window)
-        if self.lr is None:  # sweeps: README
+        if self.lr is None:  # sweeps: docs/details.md
             rate = 0.0165 * (self.batch_size / self.steps) ** 0.25 / n_latents ** (1 / 6)
             object.__setattr__(self, "lr", min(0.01, rate))
         self._check("lr", 1e-12)
-        self._check("betas", 0, 1 - 1e-9, length=2)
+        self._check_list("betas", 0, 1 - 1e-9, length=2)
         self._check("warmup_steps", 0, whole=True)
         self._check("decay_fraction", 0, 1)
         self._check("aux_coef", 0)
@@ -616,32 +635,37 @@ class TrainConfig:
         require(self.dtype in dtypes, f"dtype must be one of {dtypes}", repr(self.dtype))
         orders = ("stored", "energy")
         require(self.order in orders, f"order must be one of {orders}", repr(self.order))
-        self._check("prefixes", 0, length=None)
+        self._check_list("prefixes", 0)
         self._check("n_prefixes", 2, n_latents, whole=True)
         if self.n_prefixes is not None:
             require(self.prefixes is None, "n_prefixes must not come with prefixes", self.prefixes)
         self._check("pareto_power", 1e-9, 1)
-        self._check("level_weights", 0, length=self.n_levels())
+        self._check_list("level_weights", 0, length=self.n_levels())
         if self.level_weights is not None:
-            require(any(self.level_weights), "level_weights must not be", self.level_weights)
+            require(any(self.level_weights), "level_weights must not all be 0", self.level_weights)
 
-    def _check(self, name: str, low: float, high: float = LARGEST, whole=False, length=0):
-        """A setting is a number in [low, high], a tuple of such where it has a length (None: any),
-        or None where that is the default."""
+    def _check(self, name: str, low: float, high: float = LARGEST, whole: bool = False):
+        """A setting is a number in [low, high], or None where that is the default."""
         value = getattr(self, name)
         if value is None and type(self).__dataclass_fields__[name].default is None:
             return
-        numbers = (value,)
-        if length != 0:
-            require(isinstance(value, tuple), f"{name} must be a list of numbers", repr(value))
-            require(length in (None, len(value)), f"{name} must be {length} numbers", value)
-            numbers = value
         kind = int if whole else int | float
         rule = f"{name} must be a {'whole ' * whole}number in [{low}, {high}]"
-        for number in numbers:
-            require(isinstance(number, kind), rule, repr(value))
-            require(not isinstance(number, bool), rule, value)
-            require(low <= number <= high, rule, value)
+        require(isinstance(value, kind), rule, repr(value))
+        require(not isinstance(value, bool), rule, value)
+        require(low <= value <= high, rule, value)
+
+    def _check_list(self, name: str, low: float, high: float = LARGEST, length: int | None = None):
+        """A setting is a list of numbers in [low, high], or None where that is the default."""
+        values = getattr(self, name)
+        if values is None and type(self).__dataclass_fields__[name].default is None:
+            return
+        require(isinstance(values, tuple), f"{name} must be a list of numbers", repr(values))
+        require(length in (None, len(values)), f"{name} must be {length} numbers", values)
+        rule = f"{name} must hold numbers in [{low}, {high}]"
+        for value in values:
+            require(isinstance(value, int | float), rule, values)
+            require(low <= value <= high, rule, values)
 
     def vanilla(self) -> "TrainConfig":
         """The plain BatchTopK twin: one prefix, of all latents; everything else equal."""
@@ -695,10 +719,12 @@ Loss = Callable[[MatryoshkaSAE, Tensor, Step], tuple[Tensor, Codes]]
 class Trainer:
     """An SAE in training: ``step(x)`` takes an optimizer step, ``export()`` gives the SAE to keep.
 
-    ``trainer.sae`` sees ``x / scale``, a number or one a dimension, and starts with ``b_dec = mean
-    / scale``, as a large mean would silence latents. ``loss``: ``fast_loss``, ``batch_loss``, or a
-    function of yours (sae, x, step) -> (scalar, ``Codes``). ``calibrate``: the exported threshold
-    keeps k latents a row; else it is that of ``trainer.sae``, 0 unless the loss moves it."""
+    ``trainer.sae`` is trained on ``x / scale``; ``scale`` is a number or one a dimension. It starts
+    with ``b_dec = mean / scale``: a large mean would silence latents. ``cut``, the smallest entry
+    that the last batch kept, stands for the threshold in training. ``loss``: ``fast_loss``,
+    ``batch_loss`` or a function of yours, (sae, x, step) -> (scalar, ``Codes``). ``calibrate``: the
+    threshold of the exported SAE keeps k latents a row; for a loss without top-k turn it off, and
+    the threshold is that of ``trainer.sae``, 0 unless the loss moves it."""
 
     def __init__(
         self,
@@ -712,9 +738,9 @@ class Trainer:
     ):
         self.cfg = cfg
         self.loss = loss
-        self.calibrate = calibrate
+        self.calibrates = calibrate
         self.calibration_rows: Tensor | None = None  # raw (n, D), not trained on
-        self.device = torch.empty(0, device=device).device  # with its index
+        self.device = torch.empty(0, device=device).device  # of cuda, cuda:0
         self.scale = torch.as_tensor(scale).float().expand(d_model).to(self.device)
         self.dtype = cfg.dtype or default_dtype(self.device, loss)
 
@@ -722,8 +748,9 @@ class Trainer:
         sae = MatryoshkaSAE(d_model, cfg.latents_at(0), None, generator)
         self.sae = sae.to(self.device, torch.float32)
         self.sae.b_dec.data += torch.as_tensor(mean).float().to(self.device) / self.scale
-        for name, _ in self.sae.named_parameters():
-            require(name in self.sae.latent_dims, "latent_dims needs an entry for", name)
+        for name in self.sae.state_dict():
+            if name not in self.sae.latent_dims:
+                raise ValueError(f"latent_dims must say where {name} lists the latents")
         # About a rare latent's gradient: a smaller eps would let Adam take full steps on noise.
         eps = 1.5e-5 * cfg.k / cfg.n_latents
         betas = tuple(float(beta) for beta in cfg.betas)
@@ -739,24 +766,26 @@ class Trainer:
         self.dead = self.rows_silent[:0]  # latents that are silent for long
         # Their number is a value to wait for on a GPU, so it is asked for rarely there.
         self.steps_per_dead_list = 1 if self.device.type == "cpu" else 10
-        self.memory: dict[str, Tensor] = {}  # the last step's gradients, written over by the next
+        self.memory: dict[str, Tensor] = {}  # the last step's gradients, to be written over
 
     @classmethod
     def on(
         cls,
-        rows: "Rows",
+        rows: Any,
         cfg: TrainConfig,
         device: Device = "cpu",
         held_out: "Rows | None" = None,
         loss: Loss = fast_loss,
         calibrate: bool = True,
     ) -> "Trainer":
-        """A trainer with mean and scale of a sample of ``rows``, calibrated on ``held_out`` rows.
+        """A trainer with mean and scale of a sample of ``rows`` (see ``Rows``), calibrated on
+        ``held_out`` rows.
 
         The scale is the rms distance of the rows from their mean. Dimensions of more than 10 times
         the median spread are scaled down to that, as they would hide all others. Without
         ``held_out`` rows the sample calibrates; trained on, it lets a little less than k pass.
         ``ValueError`` for rows that are all equal, or beyond 1e18."""
+        rows = Rows(rows, cfg.max_norm)
         sample = rows.sample(cfg.seed)
         mean = sample.mean(dim=0, dtype=torch.float64)
         spread = (sample - mean).norm(dim=0) / len(sample) ** 0.5  # (D,)
@@ -769,15 +798,23 @@ class Trainer:
         scale = stretch * (spread / stretch).norm()
         trainer = cls(cfg, rows.d_model, device, mean, scale, loss, calibrate)
         trainer.calibration_rows = sample if held_out is None else held_out.read()
+        if loss is fast_loss:
+            x = sample[:64].to(trainer.device) / trainer.scale
+            check_fast_loss(trainer.sae, x, trainer.next_step(len(x)))
         return trainer
 
+    @torch.inference_mode(False)
     @torch.enable_grad()
     def step(self, x: Tensor) -> Tensor:
         """Take one optimizer step on raw rows ``x`` (B, D); return the loss, on the device."""
-        x = x.to(self.device, torch.float32, non_blocking=True) / self.scale
+        x = torch.as_tensor(x).to(self.device, torch.float32, non_blocking=True) / self.scale
         self.recycle_gradients()
         with autocast(self.device, self.dtype):
-            loss, codes = self.loss(self.sae, x, self.next_step(len(x)))
+            result = self.loss(self.sae, x, self.next_step(len(x)))
+        if not isinstance(result, tuple) or not isinstance(result[-1], Codes):
+            raise ValueError(f"a loss must return (scalar, Codes), got {type(result).__name__}")
+        loss, codes = result
+        self.memory.clear()  # what a loss has not taken would be held in vain
         loss.backward()
         loss = self.observe(loss.detach(), codes, len(x))
         self.update_weights()
@@ -847,10 +884,11 @@ class Trainer:
     def update_weights(self):
         """Clip, Adam. Decoder rows lose the gradient along themselves, and are unit again after."""
         W_dec = self.sae.W_dec
-        n_part = max(1, CACHED // W_dec.shape[1]) if self.device.type == "cpu" else len(W_dec)
-        for grad, rows in zip(W_dec.grad.split(n_part), W_dec.split(n_part), strict=True):
-            along = (grad * rows).sum(dim=1, keepdim=True)
-            grad.addcmul_(along, rows, value=-1)
+        if W_dec.grad is not None:
+            n_part = max(1, CACHED // W_dec.shape[1]) if self.device.type == "cpu" else len(W_dec)
+            for grad, rows in zip(W_dec.grad.split(n_part), W_dec.split(n_part), strict=True):
+                along = (grad * rows).sum(dim=1, keepdim=True)
+                grad.addcmul_(along, rows, value=-1)
         norm = nn.utils.get_total_norm(self.gradients())
         # a pass over all gradients, saved where it changes nothing; a GPU would wait to know
         if self.device.type != "cpu" or norm > self.cfg.clip:
@@ -860,8 +898,8 @@ class Trainer:
         W_dec /= W_dec.norm(dim=1, keepdim=True)
 
     def prune_and_sort(self):
-        """Let spare latents go when it is time; in order "energy" sort, every 5 steps, as Adam has
-        to move its moments each time."""
+        """Let spare latents go when it is time. In order "energy", also sort them: every 5 steps,
+        as weights and moments are copied."""
         n_latents = self.cfg.latents_at(self.steps_done)
         by_energy = self.cfg.order == "energy"
         if n_latents < len(self.energy) or (by_energy and self.steps_done % 5 == 0):
@@ -872,10 +910,13 @@ class Trainer:
         is_dead = self.rows_silent >= self.cfg.dead_after
         self.dead = is_dead.nonzero().squeeze(1)
 
+    def most_energetic(self, n_latents: int) -> Tensor:
+        return self.energy.argsort(descending=True, stable=True)[:n_latents]
+
     @torch.no_grad()
     def keep_latents(self, n_latents: int):
         """Keep the most energetic latents, with optimizer state, in the order of the config."""
-        keep = self.energy.argsort(descending=True, stable=True)[:n_latents]
+        keep = self.most_energetic(n_latents)
         if self.cfg.order == "stored":
             keep = keep.sort().values
         self.rows_silent = self.rows_silent[keep]
@@ -893,13 +934,17 @@ class Trainer:
 
     @torch.no_grad()
     def measure(self, x: Tensor) -> dict[str, float]:
-        """{"fvu", "l0", "dead", "cut"} on raw rows ``x``, by the entries above the cut.
+        """{"fvu", "l0", "dead", "cut"} on raw rows ``x``, by the entries from the cut on or,
+        without calibration, above the threshold.
 
         FVU as in ``evaluate``, spare latents included; ``dead`` is the share of latents that were
         silent for ``dead_after`` rows of training."""
         x = x.to(self.device, torch.float32)
-        pre = self.sae.pre_acts(x / self.scale)
-        acts = pre * (pre >= self.cut)
+        if self.calibrates:
+            pre = self.sae.pre_acts(x / self.scale)
+            acts = pre * (pre >= self.cut)
+        else:
+            acts = self.sae.encode(x / self.scale)
         errors = ErrorSums(self.sae.b_dec * self.scale, 1)
         errors.add(x, [self.sae.decode(acts) * self.scale])
         is_dead = self.rows_silent >= self.cfg.dead_after
@@ -915,16 +960,16 @@ class Trainer:
         """A copy for raw rows: scale folded in, in prefix order, no spare latents, calibrated.
 
         ``ValueError`` where training has diverged."""
-        keep = self.energy.topk(self.cfg.n_latents).indices.sort().values
+        keep = self.most_energetic(self.cfg.n_latents).sort().values
         tensors = {}
         for name, tensor in self.sae.state_dict().items():
             dim = self.sae.latent_dims[name]
             tensors[name] = tensor if dim is None else tensor.index_select(dim, keep)
-        if self.calibrate:
+        if self.calibrates:
             tensors["threshold"] = self.cut.expand(len(keep))
         d_model = len(self.scale)
-        sae = MatryoshkaSAE(d_model, len(keep), self.cfg.prefix_lengths(), torch.Generator())
-        sae = sae.to(self.device)
+        SAE = type(self.sae)
+        sae = SAE(d_model, len(keep), self.cfg.prefix_lengths(), torch.Generator()).to(self.device)
         sae.load_state_dict(tensors)
         sae.fold_scale(self.scale)
         sae.metadata = {"k": self.cfg.k, "training": dataclasses.asdict(self.cfg)}
@@ -932,15 +977,15 @@ class Trainer:
         for tensor in sae.parameters():
             require(tensor.isfinite().all(), rule, "NaN or infinity")
         require(sae.W_dec.any(dim=1).all(), rule, "decoder rows of 0")
-        if self.calibrate and self.calibration_rows is not None and self.steps_done > 0:
+        if self.calibrates and self.calibration_rows is not None and self.steps_done > 0:
             calibrate(sae, self.calibration_rows, self.cfg.k)
         return sae
 
-    saved = ("steps_done", "rows_silent", "energy", "cut")
+    state_names = ("steps_done", "rows_silent", "energy", "cut")
 
     def state_dict(self) -> dict:
         """All that the next steps depend on beside the config, the loss and the rows."""
-        state = {name: getattr(self, name) for name in self.saved}
+        state = {name: getattr(self, name) for name in self.state_names}
         state["sae"] = self.sae.state_dict()
         state["optimizer"] = self.optimizer.state_dict()
         return state
@@ -950,7 +995,7 @@ class Trainer:
         self.keep_latents(len(state["energy"]))
         self.sae.load_state_dict(state["sae"])
         self.optimizer.load_state_dict(state["optimizer"])
-        for name in self.saved:
+        for name in self.state_names:
             setattr(self, name, state[name])
         self.find_dead()
 
@@ -1002,7 +1047,8 @@ POOL_BYTES = 2**30  # rows whose order is mixed; two such pools are held
 
 
 class Part(NamedTuple):
-    """Rows of one file or array. A file is open only while it is read: a map dies with its file."""
+    """Rows of one file or array. A file is open only while it is read: a memory map of a file that
+    somebody cuts would kill the process."""
 
     name: str
     dtype: np.dtype
@@ -1023,7 +1069,8 @@ class Part(NamedTuple):
 
 
 def read_part(source: Any) -> Part:
-    """An array, a tensor or a ``.npy`` file as rows (n, D), checked but for its values."""
+    """An array, a tensor or a ``.npy`` file as rows (n, D). Values are checked when they are
+    read."""
     array = source
     if isinstance(source, str | os.PathLike):
         array = read_npy(source)
@@ -1218,9 +1265,9 @@ class Rows:
     ) -> Iterator[Tensor]:
         """Endless float32 batches (batch_size, D) from number ``start`` on, in seeded order.
 
-        Each row comes once an epoch. Blocks are permuted, and again the rows of each pool of
-        blocks, on the ``device``. A background thread reads the next pool. Of ``world`` processes,
-        ``rank`` reads every ``world``-th block."""
+        Each row comes once an epoch. Blocks are shuffled, then the rows of each pool of blocks, on
+        the ``device``. A background thread reads the next pool. Of ``world`` processes, ``rank``
+        reads every ``world``-th block."""
         device = torch.device(device)
         pools = self._pools(seed, start * batch_size, rank, world, device)
         batch = torch.empty(0, self.d_model, device=device)
@@ -1265,8 +1312,8 @@ class Rows:
     ) -> tuple[Tensor, Tensor]:
         """All rows, on the device, and ``order`` from place ``n_skip`` on, without those left out.
 
-        The first near ones come again in their places, so that a place of the order is known
-        unread."""
+        These are replaced by repeats of others. So the number of rows of a pool is known unread,
+        and a resumed run skips pools without reading them."""
         rows = self.read_all(memory)
         stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         with torch.cuda.stream(stream):  # copies beside the steps
@@ -1286,6 +1333,7 @@ STATE = "training_state.pt"
 METRICS = "metrics.jsonl"
 
 
+@torch.inference_mode(False)
 def train(
     acts: Any,
     cfg: TrainConfig,
@@ -1317,7 +1365,7 @@ def train(
     require(size <= len(rows), f"batch_size must be at most {len(rows)}, the training rows", size)
     trainer = Trainer.on(rows, cfg, device, held_out, loss, calibrate)
     folder = None if out is None or rank > 0 else Path(out)
-    run = _Run(trainer, folder, fingerprint(rows, cfg), metadata or {})
+    run = _Run(trainer, folder, fingerprint(rows, cfg), metadata, on_log)
     is_resumed = resume and Path(out, STATE).exists()
     if is_resumed:
         run.restore(Path(out))
@@ -1326,26 +1374,21 @@ def train(
     with deferred_signals() as received:
         if not is_resumed:
             run.start()
-        started = saved = time.monotonic()
+        last_saved = time.monotonic()
         try:
             for x in itertools.islice(batches, cfg.steps - first_step):
                 trainer.stop = len(received) > 0
                 step_loss = trainer.step(x)
-                n_steps = trainer.steps_done
-                if n_steps % log_every == 0 or n_steps == cfg.steps:
-                    n_rows = (n_steps - first_step) * size
-                    figures = {"step": n_steps, "loss": float(step_loss)}
-                    figures |= trainer.measure(x[:512])  # enough for a figure in passing
-                    figures["rows_per_second"] = round(n_rows / (time.monotonic() - started))
-                    run.log(figures)
-                    on_log(figures)
+                if trainer.steps_done % log_every == 0 or trainer.steps_done == cfg.steps:
+                    run.log(float(step_loss), x)
                 if trainer.stop:
                     break
-                if time.monotonic() - saved > 60 * save_minutes:
+                if time.monotonic() - last_saved > 60 * save_minutes:
                     run.checkpoint()
-                    saved = time.monotonic()
+                    last_saved = time.monotonic()
         except Exception:  # a bad row, a callback, a lost process: the steps done stand
-            run.checkpoint()
+            with contextlib.suppress(ValueError):  # of weights that are no good any more
+                run.checkpoint()
             raise
         if trainer.stop and not received:
             received.append(signal.SIGTERM)  # another process got it
@@ -1355,11 +1398,14 @@ def train(
 class _Run:
     """What a run writes: the SAE, the state to go on from, and a line for each log."""
 
-    def __init__(self, trainer: Trainer, folder: Path | None, marks: dict, metadata: dict):
+    def __init__(self, trainer, folder, fingerprint, metadata, on_log):
         self.trainer = trainer
         self.folder = folder  # None: nothing is written
-        self.marks = marks
-        self.metadata = metadata
+        self.fingerprint = fingerprint
+        self.metadata = {} if metadata is None else metadata
+        self.on_log = on_log
+        self.started = time.monotonic()
+        self.first_step = 0
 
     def start(self):
         """Take a new or empty folder, if the disk has room for the run, and write the first SAE."""
@@ -1385,7 +1431,7 @@ class _Run:
         if self.folder is not None:
             log = self.folder / METRICS
             state = {
-                "fingerprint": self.marks,
+                "fingerprint": self.fingerprint,
                 "log_bytes": log.stat().st_size if log.exists() else 0,
                 "trainer": self.trainer.state_dict(),
             }
@@ -1393,20 +1439,33 @@ class _Run:
             sae.save(self.folder)
         return sae
 
-    def log(self, figures: dict[str, float]):
+    def log(self, loss: float, x: Tensor):
+        """Write and report the figures of a step on rows ``x``."""
+        step = self.trainer.steps_done
+        rule = f"diverged by step {step}, lower lr: the loss must be finite"
+        require(math.isfinite(loss), rule, loss)
+        n_rows = (step - self.first_step) * self.trainer.cfg.batch_size
+        figures = {
+            "step": step,
+            "loss": loss,
+            **self.trainer.measure(x[:512]),  # enough for a figure in passing
+            "rows_per_second": round(n_rows / (time.monotonic() - self.started)),
+        }
         if self.folder is not None:
             with open(self.folder / METRICS, "a") as file:
                 file.write(json.dumps(figures) + "\n")
+        self.on_log(figures)
 
     def restore(self, folder: Path):
         """Put trainer and log where the last checkpoint was; ``ValueError`` names what differs."""
         with reading(folder / STATE, "the state of such a run"):
             device = self.trainer.device
             state = torch.load(folder / STATE, map_location=device, weights_only=True)
-            for name, value in self.marks.items():
-                saved = state["fingerprint"].get(name)
-                require(saved == value, f"{name} must be as in the run to resume, {saved}", value)
+            for name, value in self.fingerprint.items():
+                before = state["fingerprint"].get(name)
+                require(before == value, f"{name} must be as in the run to resume, {before}", value)
             self.trainer.load_state_dict(state["trainer"])
+            self.first_step = self.trainer.steps_done
             with open(folder / METRICS, "ab") as file:
                 file.truncate(min(file.tell(), state["log_bytes"]))
 
@@ -1439,7 +1498,7 @@ def deferred_signals() -> Iterator[list[int]]:
         for name in {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal)):  # Windows has no SIGHUP
             number = getattr(signal, name)
             if signal.getsignal(number) != signal.SIG_IGN:
-                handlers[number] = signal.signal(number, note) or signal.SIG_DFL
+                handlers[number] = signal.signal(number, note)
     try:
         yield received
     finally:
@@ -1642,13 +1701,13 @@ def max_cosine(W_dec: Tensor, batch_size: int = 2048) -> float:
 def probe(sae: MatryoshkaSAE, x: Tensor, y: Tensor, seed: int = 0, max_k: int = 5) -> dict:
     """How few latents tell labels ``y`` (n, C), booleans, of raw rows ``x`` (n, D).
 
-    Half the rows are held out. ``raw``: logistic regression on the rows. By prefix: ``probes``,
-    accuracy and F1 of the same on k latents whose mean differs most with the label
-    (``k_sparse_probes``); ``splitting``, how many of these tell it; and of the raw probe's true
-    positives ``main_silent``, the share on which the latent of largest difference is silent, and
-    ``absorption``, on which all that tell the label are and another one carries it
-    (``n_absorbed``). ``ValueError`` for a label that a half of the rows has everywhere or
-    nowhere."""
+    Half the rows are held out. Returns the number of ``rows``, and - ``raw``: accuracy and F1 of
+    logistic regression on the rows; - ``prefixes``, for each prefix: ``probes``: the same on k
+    latents, whose mean differs most with the label (``k_sparse_probes``); ``splitting``: how many
+    of these latents tell a label; ``main_silent``: of the raw probe's true positives, the share on
+    which the latent of largest difference is silent; ``absorption``: the share on which all latents
+    that tell the label are, and another one carries it (``n_absorbed``). ``ValueError`` for a label
+    that a half of the rows has everywhere or nowhere."""
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
     x_train, x_test = x[order].float().tensor_split(2)
     y_train, y_test = y[order].tensor_split(2)
@@ -1960,7 +2019,9 @@ class FeatureTree:
                 self._add(number, feature, shared_draw, next_low, **child)
                 if mutually_exclusive_children:
                     next_low += child["active_prob"]
-        require(next_low < 1 + 1e-9, "children that exclude each other may sum to 1", next_low)
+        require(
+            next_low < 1 + 1e-9, "children that exclude each other must sum to at most 1", next_low
+        )
 
     def sample_features(self, n_rows: int, generator: torch.Generator) -> Tensor:
         """Feature activations (n, n_features): a uniform draw a node, or a set of siblings."""
@@ -2229,10 +2290,6 @@ def append_rows(path: Path | str, n_before: int, rows: np.ndarray) -> None:
         np.lib.format.write_array_header_1_0(file, header)
 
 
-def _swap_kept(swap: Callable, keep: Tensor, x: Tensor) -> Tensor:
-    return torch.where(keep, swap(x), x)
-
-
 @torch.no_grad()
 def loss_recovered(
     model: nn.Module,
@@ -2259,8 +2316,10 @@ def loss_recovered(
         target = ids[:, 1:][is_target]
         n_tokens += len(target)
         for i, swap in enumerate(swaps):
-            splice = functools.partial(_swap_kept, swap, keep[..., None])
-            with activation_hook(module, at, splice):
+            splice = functools.partial(torch.where, keep[..., None])
+            with activation_hook(
+                module, at, lambda x, swap=swap, splice=splice: splice(swap(x), x)
+            ):
                 output = model(ids)
             logits = getattr(output, "logits", output)[:, :-1][is_target]
             entropy = nn.functional.cross_entropy(logits.float(), target, reduction="sum")

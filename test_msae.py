@@ -248,7 +248,7 @@ STEPS = {
 @pytest.mark.parametrize("blocked", [True, False], ids=["in blocks", "at once"])
 @pytest.mark.parametrize("changes", STEPS.values(), ids=STEPS.keys())
 def test_fast_loss_takes_the_steps_of_batch_loss(monkeypatch, changes, blocked):
-    monkeypatch.setattr(msae, "in_blocks", lambda x: blocked)  # at once: as on a GPU
+    monkeypatch.setattr(msae, "in_tiles", lambda x: blocked)  # at once: as on a GPU
     cfg = config(clip=1e9, **changes)
     fast, literal = (
         msae.Trainer(cfg, 16, scale=4.0, loss=loss) for loss in (msae.fast_loss, msae.batch_loss)
@@ -316,6 +316,69 @@ def test_two_fast_losses_in_one_step_and_a_factor_have_the_literal_gradients():
         assert (a - b).norm() <= 1e-4 * b.norm()
 
 
+def l1_loss(sae, x, step):
+    acts = sae.pre_acts(x)
+    loss = msae.nested_loss(x, acts, sae.W_dec, sae.b_dec, step.prefixes, step.weights)
+    return loss + 0.05 * acts.sum(dim=1).mean(), msae.Codes.of(acts)
+
+
+def test_an_sae_of_a_loss_without_top_k_is_returned_as_it_was_trained():
+    logged = []
+    sae = msae.train(rows(20_000), config(), loss=l1_loss, calibrate=False, on_log=logged.append)
+    figures = msae.evaluate(sae, rows(20_000))
+    assert not sae.threshold.any()
+    assert figures["l0"] == pytest.approx(logged[-1]["l0"], rel=0.05)
+    assert figures["fvu"] == pytest.approx(logged[-1]["fvu"], rel=0.1)
+
+
+def test_fast_loss_that_is_not_batch_loss_any_more_is_refused(monkeypatch):
+    def changed(*arguments):
+        return 2 * nested_loss(*arguments)
+
+    nested_loss = msae.nested_loss
+    monkeypatch.setattr(msae, "nested_loss", changed)
+    with pytest.raises(ValueError, match="fast_loss is not batch_loss: .* loss=batch_loss"):
+        msae.train(rows(1000), config())
+    msae.train(rows(1000), config(), loss=msae.batch_loss)
+
+
+@pytest.mark.parametrize(
+    "change, names",
+    [
+        (dict(weights=(0.5, 0.5)), "weights must be 3"),
+        (dict(prefixes=(4, 12, 100)), "prefixes must end with 32"),
+    ],
+)
+def test_weights_and_prefixes_that_do_not_fit_are_refused(change, names):
+    def misfit(sae, x, step):
+        return msae.fast_loss(sae, x, step._replace(**change))
+
+    with pytest.raises(ValueError, match=names):
+        msae.train(rows(1000), config(), loss=misfit)
+
+
+def test_a_loss_that_returns_something_else_is_refused():
+    with pytest.raises(ValueError, match="must return .scalar, Codes., got Tensor"):
+        msae.train(rows(1000), config(), loss=lambda sae, x, step: sae.W_enc.sum())
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_training_makes_its_own_gradients_whatever_the_mode_of_the_caller(mode):
+    cfg = config(dead_after=64, n_latents_start=40)
+    expected = msae.train(rows(1000), cfg)
+    with mode():
+        assert same(msae.train(rows(1000), cfg), expected)
+
+
+def test_gradients_are_written_into_the_memory_of_the_last_step():
+    trainer = msae.Trainer(config(), 16)
+    places = []
+    for x in torch.from_numpy(rows(64 * 3)).split(64):
+        trainer.step(x)
+        places.append([trainer.sae.W_enc.grad.data_ptr(), trainer.sae.W_dec.grad.data_ptr()])
+    assert places[0] == places[1] == places[2]
+
+
 def test_a_step_on_the_meta_device_waits_for_no_value():
     # there is no data: what asks for a value, or mixes devices, raises
     for changes in ({}, dict(n_prefixes=4, prefixes=None)):
@@ -362,7 +425,7 @@ def test_the_n_largest_of_the_whole_batch_are_kept_in_row_major_order(monkeypatc
     assert torch.equal(values, pre.flatten()[index])
     assert (index.diff() > 0).all()
     assert sorted(values.tolist()) == largest
-    for select in (msae.topk_in_blocks, msae.topk_at_once):  # the former falls back on the latter
+    for select in (msae.topk_in_tiles, msae.topk_at_once):  # the former falls back on the latter
         values, index = select(x, W_enc, b_enc + bias, n, torch.tensor(cut))
         assert torch.equal(values, pre.flatten()[index])
         assert (index.diff() > 0).all()
@@ -1125,7 +1188,7 @@ def test_toy_config_is_the_published_tree():
             {"children": [TREE, {**TREE, "children": [{"active_prob": "x"}]}]},
             "children[1] is not a node: chil",
         ),
-        ({"mutually_exclusive_children": True, "children": [TREE, TREE]}, "may sum to 1"),
+        ({"mutually_exclusive_children": True, "children": [TREE, TREE]}, "must sum to at most 1"),
     ],
 )
 def test_a_bad_tree_is_refused_by_field(spec, names):
