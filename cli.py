@@ -479,7 +479,10 @@ def training_progress(label: str, n_steps: int) -> Iterator[Callable[[dict], Non
 
 
 @main.command(epilog="Example: python cli.py train --acts shards/ --latents 3072 --pareto 10")
-@option("--acts", required=True, help="A .npy, (rows, D) or (docs, positions, D), or a folder.")
+@option("--acts", help="A .npy, (rows, D) or (docs, positions, D), or a folder.")
+@option("--tokens", help="In place of --acts: texts, as for harvest, of which --model makes rows.")
+@with_model
+@with_layer
 @option("--latents", "n_latents", type=int, help="Number of latents.  [required, or in --config]")
 @option("--k", type=float, help="Active latents per row, on average.  [default: 30]")
 @option("--prefixes", type=numbers, help="Lengths or fractions.  [default: .0625,.125,.25,.5,1.0]")
@@ -498,7 +501,10 @@ def training_progress(label: str, n_steps: int) -> Iterator[Callable[[dict], Non
 @option("--save-minutes", type=float, default=10, help="Minutes between checkpoints.")
 @option("--config", type=EXISTING_FILE, help="JSON of any TrainConfig fields; options override it.")
 def train(
-    acts: str,
+    acts: str | None,
+    tokens: str | None,
+    model_path: str,
+    layer: int,
     device: torch.device,
     out: Path | None,
     config: Path | None,
@@ -514,13 +520,25 @@ def train(
     (eval.json). Ctrl-C saves first; the same command with --resume goes on. With several processes,
     torchrun takes the place of python. The checkpoint keeps model_name, hook_name, dataset,
     base_model of acts.npy.json, if any.
+
+    With --tokens, TinyModel makes the rows while it trains, and no file holds them: its stream into
+    --layer. The first texts are set aside, with at most a tenth of the rows.
     """
+    if (acts is None) == (tokens is None):
+        raise click.UsageError("Missing option '--acts', rows, or '--tokens', texts: one of them.")
     cfg = run_config(config, spare, settings)
-    metadata = metadata_of_rows(acts)
     is_first = os.environ.get("RANK", "0") == "0"  # of the processes of torchrun
     console.quiet = not is_first
-    rows, held_out = msae.Rows(acts, cfg.max_norm).split_off(0.1, cfg.seed)
-    folder = out or default_folder(f"{Path(acts).stem}-{cfg.n_latents}", resume, is_first)
+    if acts is not None:
+        source = msae.Rows(acts, cfg.max_norm)
+        metadata = metadata_of_rows(acts)
+    else:
+        model = tiny_model(model_path, layer).to(device)
+        source = stream(model, layer, tokens, cfg)
+        metadata = metadata_of_harvest(model_path, hook_names(model)[layer], tokens)
+    rows, held_out = source.split_off(0.1, cfg.seed)
+    name = f"{Path(acts or tokens).stem}-{cfg.n_latents}"
+    folder = out or default_folder(name, resume, is_first)
     started = time.time()
     options = {"device": device, "resume": resume, "save_minutes": save_minutes}
     results = {}
@@ -571,6 +589,21 @@ def metadata_of_rows(acts: str) -> dict:
     return metadata
 
 
+def stream(model: msae.TinyModel, layer: int, tokens: str, cfg: msae.TrainConfig) -> msae.Stream:
+    """Rows of the stream into a layer, of as many texts as the run needs."""
+    ids = tokens_for(model, tokens, cfg.steps * cfg.batch_size + msae.SAMPLE)
+    n_rows = int(torch.isin(ids, torch.tensor(NO_ROW), invert=True).sum())
+    return msae.Stream(
+        model,
+        model.layers[layer],
+        ids.split(64),
+        at="input",
+        drop=NO_ROW,
+        n_held_out=min(msae.SAMPLE, n_rows // 10),
+        max_norm=cfg.max_norm,
+    )
+
+
 def default_folder(name: str, resume: bool, is_first: bool) -> Path:
     """Of runs/name, runs/name-2, ...: the newest run to resume, or else the next new one."""
     folder = Path("runs", name)
@@ -595,13 +628,16 @@ def remove_if_empty(folder: Path) -> None:
 
 
 def describe_run(
-    cfg: msae.TrainConfig, folder: Path, rows: msae.Rows, held_out: msae.Rows, resume: bool
+    cfg: msae.TrainConfig, folder: Path, rows: msae.Source, held_out: msae.Rows, resume: bool
 ) -> str:
     """The first line of train: what a user checks before hours of work."""
-    epochs = cfg.steps * cfg.batch_size / max(1, len(rows))
+    n_rows = epochs = ""  # those of a stream are not known
+    if rows.n_rows is not None:
+        n_rows = f"{rows.n_rows:,} "
+        epochs = f", {cfg.steps * cfg.batch_size / max(1, rows.n_rows):,.1f} epochs"
     text = (
-        f"{len(rows):,} rows of width {rows.d_model}, {len(held_out):,} more held out; "
-        f"{cfg.steps:,} steps, {epochs:,.1f} epochs; "
+        f"{n_rows}rows of width {rows.d_model}, {len(held_out):,} more held out; "
+        f"{cfg.steps:,} steps{epochs}; "
         f"{cfg.k:g} of {cfg.n_latents:,} latents a row; to {folder}"
     )
     if resume and not (folder / msae.STATE).exists():
@@ -638,16 +674,22 @@ def make_runs(cfg: msae.TrainConfig, folder: Path, baseline: bool) -> list[Run]:
     ]
 
 
-def run_one(run: Run, rows: msae.Rows, held_out: msae.Rows, is_first: bool, **options: Any) -> dict:
+def run_one(
+    run: Run, rows: msae.Source, held_out: msae.Rows, is_first: bool, **options: Any
+) -> dict:
     """Train; return the figures on ``held_out``, and write them to eval.json."""
     last_logged = {}
-
-    with training_progress(run.label, run.cfg.steps) as show:
+    with progress(f"{run.label}  step", run.cfg.steps) as show:
 
         def on_log(figures: dict) -> None:
             last_logged.update(figures)
-            show(figures)
+            show(figures["step"], LOGGED.format(**figures))
 
+        def on_rows(n_made: int) -> None:
+            show(last_logged.get("step", 0), f"{n_made:,} rows made")
+
+        if isinstance(rows, msae.Stream):
+            rows.on_rows = on_rows
         sae = msae.train(rows, run.cfg, out=run.folder, on_log=on_log, **options)
     figures = msae.evaluate(sae, held_out)
     if last_logged:

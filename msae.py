@@ -785,7 +785,7 @@ class Trainer:
         the median spread are scaled down to that, as they would hide all others. Without
         ``held_out`` rows the sample calibrates; trained on, it lets a little less than k pass.
         ``ValueError`` for rows that are all equal, or beyond 1e18."""
-        rows = Rows(rows, cfg.max_norm)
+        rows = as_source(rows, cfg.max_norm)
         sample = rows.sample(cfg.seed)
         mean = sample.mean(dim=0, dtype=torch.float64)
         spread = (sample - mean).norm(dim=0) / len(sample) ** 0.5  # (D,)
@@ -1101,7 +1101,90 @@ def read_npy(path: Path | str) -> np.ndarray:
         return np.lib.format.open_memmap(path, mode="r")
 
 
-class Rows:
+class Draw(NamedTuple):
+    """Which rows a source is asked for, and in which order."""
+
+    batch_size: int
+    seed: int
+    start: int  # number of the first batch
+    rank: int  # number of this process
+    world: int  # number of processes
+    device: torch.device
+    end: int | None  # number after the last batch; None: endless
+    stop: Callable[[], bool]  # asked while a pool is made that takes long
+
+    @property
+    def n_skip(self) -> int:
+        """Rows before the first."""
+        return self.start * self.batch_size
+
+
+class Source:
+    """Rows (n, D) in pools, whose order is mixed: ``_pools`` says how to fill them."""
+
+    d_model: int
+    n_rows: int | None = None  # None: not known before the end
+
+    def _pools(self, draw: Draw) -> Iterator[tuple[Tensor, Tensor]]:
+        """Endless (rows, the order in which they are taken), on the device, but for the first
+        ``n_skip`` rows."""
+        raise NotImplementedError
+
+    def batches(
+        self,
+        batch_size: int,
+        seed: int = 0,
+        start: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        device: Device = "cpu",
+        end: int | None = None,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> Iterator[Tensor]:
+        """float32 batches (batch_size, D), in seeded order, from number ``start`` to ``end``, or
+        endless. Each row comes once an epoch. Of ``world`` processes, ``rank`` takes its share.
+        ``stop``: ends them early, while a pool is made."""
+        draw = Draw(batch_size, seed, start, rank, world, torch.device(device), end, stop)
+        n_batches = None if end is None else end - start
+        return itertools.islice(self._batches(draw), n_batches)
+
+    def _batches(self, draw: Draw) -> Iterator[Tensor]:
+        size = draw.batch_size
+        batch = torch.empty(0, self.d_model, device=draw.device)
+        for rows, order in self._pools(draw):
+            ends = range(size - len(batch), len(order), size)
+            for chosen in order.tensor_split(list(ends)):
+                new = rows.index_select(0, chosen).float()
+                batch = torch.cat([batch, new]) if len(batch) > 0 else new
+                if len(batch) == size:
+                    yield batch
+                    batch = batch[:0]
+
+
+def distances(rows: Tensor, centre: Tensor) -> Tensor:
+    """``|row - centre|`` of rows (n, D), on any device: (n,)."""
+    # parts that stay in a CPU's cache; on a GPU some for each launch
+    n_numbers = 2**16 if rows.device.type == "cpu" else 2**26
+    size = max(1, n_numbers // rows.shape[1])
+    centre = centre.to(rows.device)
+    found = centre.new_empty(len(rows))
+    for part, out in zip(rows.split(size), found.split(size), strict=True):
+        torch.linalg.vector_norm(part - centre, dim=1, out=out)
+    return found
+
+
+def near_order(order: np.ndarray, is_near: Tensor, n_skip: int) -> Tensor:
+    """``order`` (n,) from place ``n_skip`` on, without the rows left out, on their device.
+
+    These are replaced by repeats of others. So the number of rows of a pool is known unread, and a
+    resumed run skips pools without reading them."""
+    near = order[is_near.cpu().numpy()[order]]
+    n_places = len(order) if len(near) > 0 else 0
+    places = np.resize(near, n_places)[n_skip:]
+    return torch.from_numpy(places).to(is_near.device)
+
+
+class Rows(Source):
     """Activation rows (n, D): an array, a tensor, a ``.npy`` file or a folder of them by name.
 
     float16, float32 or float64, (rows, D) or (docs, positions, D). Files are read block by block,
@@ -1171,6 +1254,10 @@ class Rows:
         starts, stops = self._bounds()
         return int((stops - starts).sum())
 
+    @property
+    def n_rows(self) -> int:
+        return len(self)
+
     def row_numbers(self) -> np.ndarray:
         """Where in the whole source these rows lie: (n,), rising."""
         starts, stops = self._bounds()
@@ -1234,16 +1321,10 @@ class Rows:
         """Which of all its ``rows`` (n, D), on any device, are not left out: (n,).
 
         ``ValueError`` names a row that is not finite."""
-        # parts that stay in a CPU's cache; on a GPU some for each launch
-        n_numbers = 2**16 if rows.device.type == "cpu" else 2**26
-        size = max(1, n_numbers // self.d_model)
-        centre = self.centre.to(rows.device)
-        distances = centre.new_empty(len(rows))
-        for part, out in zip(rows.split(size), distances.split(size), strict=True):
-            torch.linalg.vector_norm(part - centre, dim=1, out=out)
-        if not distances.isfinite().all():
+        found = distances(rows, self.centre)
+        if not found.isfinite().all():
             self._require_finite(rows)
-        return distances <= self.radius
+        return found <= self.radius
 
     def _require_finite(self, rows: Tensor):
         is_finite = rows.isfinite().all(dim=1)
@@ -1254,75 +1335,51 @@ class Rows:
         where = f"{self.parts[part].name}, row {number - self.part_starts[part]},"
         raise ValueError(f"{where} must be finite as float32, got NaN or infinity")
 
-    def batches(
-        self,
-        batch_size: int,
-        seed: int = 0,
-        start: int = 0,
-        rank: int = 0,
-        world: int = 1,
-        device: Device = "cpu",
-    ) -> Iterator[Tensor]:
-        """Endless float32 batches (batch_size, D) from number ``start`` on, in seeded order.
-
-        Each row comes once an epoch. Blocks are shuffled, then the rows of each pool of blocks, on
-        the ``device``. A background thread reads the next pool. Of ``world`` processes, ``rank``
-        reads every ``world``-th block."""
-        device = torch.device(device)
-        pools = self._pools(seed, start * batch_size, rank, world, device)
-        batch = torch.empty(0, self.d_model, device=device)
-        with ThreadPoolExecutor(1) as thread:
+    def _pools(self, draw: Draw) -> Iterator[tuple[Tensor, Tensor]]:
+        pools = self._read_pools(draw)
+        with ThreadPoolExecutor(1) as thread:  # which reads one ahead
             ahead = thread.submit(next, pools)
             while True:
                 rows, order = ahead.result()
                 ahead = thread.submit(next, pools)
-                if device.type == "cuda":  # they were made on another stream
-                    rows.record_stream(torch.cuda.current_stream(device))
-                    order.record_stream(torch.cuda.current_stream(device))
-                ends = range(batch_size - len(batch), len(order), batch_size)
-                for chosen in order.tensor_split(list(ends)):
-                    new = rows.index_select(0, chosen).float()
-                    batch = torch.cat([batch, new]) if len(batch) > 0 else new
-                    if len(batch) == batch_size:
-                        yield batch
-                        batch = batch[:0]
+                if rows.is_cuda:  # they come from another stream
+                    rows.record_stream(torch.cuda.current_stream(rows.device))
+                    order.record_stream(torch.cuda.current_stream(rows.device))
+                yield rows, order
 
-    def _pools(
-        self, seed: int, n_skip: int, rank: int, world: int, device: torch.device
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Endless (rows, the order in which they are taken), but for the first ``n_skip`` rows."""
+    def _read_pools(self, draw: Draw) -> Iterator[tuple[Tensor, Tensor]]:
+        """Blocks are shuffled, then the rows of each pool of blocks. Of several processes, each
+        reads every ``world``-th block."""
         block_bytes = self.block * self.d_model * self.dtype.itemsize
-        n_own = math.ceil(len(self.blocks) / world)
+        n_own = math.ceil(len(self.blocks) / draw.world)
         n_blocks = max(1, min(POOL_BYTES // block_bytes, n_own))
         # two memories, used in turn: one is filled while the other is trained on
         memories = np.empty((2, n_blocks * self.block, self.d_model), self.dtype)
         memory = itertools.cycle(memories)
+        n_skip = draw.n_skip
         for epoch in itertools.count():
-            random = np.random.default_rng([seed, epoch])
-            places = random.permutation(len(self.blocks))[rank::world]
+            random = np.random.default_rng([draw.seed, epoch])
+            places = random.permutation(len(self.blocks))[draw.rank :: draw.world]
             for first in range(0, len(places), n_blocks):
                 pool = self.keep(places[first : first + n_blocks])
                 order = random.permutation(len(pool))
                 if n_skip < len(order):
-                    yield pool._to_device(order, n_skip, next(memory), device)
+                    yield pool._to_device(order, n_skip, next(memory), draw.device)
                 n_skip = max(0, n_skip - len(order))
 
     def _to_device(
         self, order: np.ndarray, n_skip: int, memory: np.ndarray, device: torch.device
     ) -> tuple[Tensor, Tensor]:
-        """All rows, on the device, and ``order`` from place ``n_skip`` on, without those left out.
-
-        These are replaced by repeats of others. So the number of rows of a pool is known unread,
-        and a resumed run skips pools without reading them."""
         rows = self.read_all(memory)
         stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         with torch.cuda.stream(stream):  # copies beside the steps
             rows = rows.to(device)
-            is_near = self.is_near(rows).cpu().numpy()
-            near = order[is_near[order]]
-            n_places = len(order) if len(near) > 0 else 0
-            places = np.resize(near, n_places)[n_skip:]
-            return rows, torch.from_numpy(places).to(device)
+            return rows, near_order(order, self.is_near(rows), n_skip)
+
+
+def as_source(rows: Any, max_norm: float) -> Source:
+    """``rows`` as they are, if they are a source, or ``Rows`` of them."""
+    return rows if isinstance(rows, Source) else Rows(rows, max_norm)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1358,11 +1415,13 @@ def train(
     than those resumed."""
     if resume:
         require(out is not None, "resume needs out, the folder to go on in", out)
-    rows, held_out = Rows(acts, cfg.max_norm).split_off(0.05, cfg.seed)
+    rows, held_out = as_source(acts, cfg.max_norm).split_off(0.05, cfg.seed)
     rank, world = rank_and_world()
     size = cfg.batch_size
     require(size % world == 0, f"batch_size must be a multiple of {world}", size)
-    require(size <= len(rows), f"batch_size must be at most {len(rows)}, the training rows", size)
+    if rows.n_rows is not None:
+        rule = f"batch_size must be at most {rows.n_rows}, the training rows"
+        require(size <= rows.n_rows, rule, size)
     trainer = Trainer.on(rows, cfg, device, held_out, loss, calibrate)
     folder = None if out is None or rank > 0 else Path(out)
     run = _Run(trainer, folder, fingerprint(rows, cfg), metadata, on_log)
@@ -1370,13 +1429,16 @@ def train(
     if is_resumed:
         run.restore(Path(out))
     first_step = trainer.steps_done
-    batches = rows.batches(size // world, cfg.seed, first_step, rank, world, trainer.device)
     with deferred_signals() as received:
+        # of several processes none may leave alone, while the others wait for it in a step
+        stop = lambda: world == 1 and len(received) > 0  # noqa: E731
+        place = (rank, world, trainer.device)
+        batches = rows.batches(size // world, cfg.seed, first_step, *place, cfg.steps, stop)
         if not is_resumed:
             run.start()
         last_saved = time.monotonic()
         try:
-            for x in itertools.islice(batches, cfg.steps - first_step):
+            for x in batches:
                 trainer.stop = len(received) > 0
                 step_loss = trainer.step(x)
                 if trainer.steps_done % log_every == 0 or trainer.steps_done == cfg.steps:
@@ -1470,12 +1532,12 @@ class _Run:
                 file.truncate(min(file.tell(), state["log_bytes"]))
 
 
-def fingerprint(rows: Rows, cfg: TrainConfig) -> dict[str, Any]:
+def fingerprint(rows: Source, cfg: TrainConfig) -> dict[str, Any]:
     """What marks a run: settings, number of rows and processes, checksum of a sample of rows."""
     checksum = hashlib.sha256(rows.sample(cfg.seed).numpy()).hexdigest()[:16]
     return {
         **dataclasses.asdict(cfg),
-        "rows": len(rows),
+        "rows": rows.n_rows,
         "processes": rank_and_world()[1],
         "checksum of a sample of the rows": checksum,
     }
@@ -2212,17 +2274,63 @@ def activation_hook(
     require(captured, f"{name} must be called in this context, calls", 0)
 
 
-def is_kept(ids: Tensor, drop: Sequence[int]) -> Tensor:
-    """Which token ids (B, T) are none of ``drop``: (B, T)."""
+Batch = Tensor | dict[str, Tensor]  # of text: token ids (B, T), or what a model takes by name
+
+
+def forward(model: nn.Module, batch: Batch) -> Any:
+    """What ``model`` makes of a batch of text, on its own device."""
+    device = next(model.parameters()).device
+    if isinstance(batch, Tensor):
+        return model(batch.to(device))  # whatever its argument is called
+    return model(**{name: value.to(device) for name, value in batch.items()})
+
+
+def ids_of(batch: Batch) -> Tensor:
+    return batch if isinstance(batch, Tensor) else batch["input_ids"]
+
+
+def row_mask(batch: Batch, drop: Sequence[int]) -> Tensor:
+    """Which tokens (B, T) give a row: those that are none of ``drop``, and no padding."""
+    ids = ids_of(batch)
     dropped = torch.tensor(list(drop), device=ids.device, dtype=ids.dtype)
-    return ~torch.isin(ids, dropped)
+    mask = ~torch.isin(ids, dropped)
+    if isinstance(batch, dict) and "attention_mask" in batch:
+        mask &= batch["attention_mask"].bool()
+    return mask
 
 
 @torch.no_grad()
+def activations(model: nn.Module, module: nn.Module, batch: Batch, mask: Tensor, at: str) -> Tensor:
+    """Of ``module`` at the tokens of ``mask`` (B, T): (n, D), on the model's device.
+
+    ``ValueError`` where the module gives no vector for each token."""
+    with activation_hook(module, at, stop=True) as captured:
+        forward(model, batch)
+    found = captured[0]
+    rule = f"{type(module).__name__} must give (B, T, D) for token ids {tuple(mask.shape)}"
+    require(found.ndim == 3, rule, tuple(found.shape))
+    require(found.shape[:2] == mask.shape, rule, tuple(found.shape))
+    return found[mask.to(found.device)]
+
+
+@torch.no_grad()
+def check_model(model: nn.Module, module: nn.Module, batch: Batch, at: str) -> None:
+    """``ValueError`` unless ``model`` is in evaluation mode and calls ``module`` once, on one
+    text."""
+    require(not model.training, "model must be in evaluation mode, model.eval()", "one in training")
+    text = (
+        batch[:1] if isinstance(batch, Tensor) else {key: each[:1] for key, each in batch.items()}
+    )
+    with activation_hook(module, at) as captured:
+        forward(model, text)
+    rule = f"{type(module).__name__} must be called once in a forward pass, calls"
+    require(len(captured) == 1, rule, len(captured))
+
+
 def harvest(
     model: nn.Module,
     module: nn.Module,
-    batches: Iterable[Tensor | dict],
+    batches: Iterable[Batch],
     out: Path | str,
     at: str = "output",
     drop: Sequence[int] = (),
@@ -2238,33 +2346,21 @@ def harvest(
     whole file at any time. ``ValueError`` where ``out`` exists, rows do not fit, or there are
     none."""
     require(not Path(out).exists(), "out must be a new file", out)
-    require(not model.training, "model must be in evaluation mode, model.eval()", "one in training")
     require(dtype in ("float16", "float32"), "dtype must be float16 or float32", dtype)
     ids_file = Path(out).with_suffix(".ids.npy")
-    device = next(model.parameters()).device
     n_done = n_texts = 0
     for batch in batches:
-        inputs = {"input_ids": batch} if isinstance(batch, Tensor) else batch
-        inputs = {name: value.to(device) for name, value in inputs.items()}
-        ids = inputs["input_ids"]
-        mask = is_kept(ids, drop)
-        if "attention_mask" in inputs:
-            mask &= inputs["attention_mask"].bool()
+        if n_texts == 0:
+            check_model(model, module, batch, at)
+        mask = row_mask(batch, drop)
         text_numbers = mask.nonzero()[:, 0] + n_texts
-        n_texts += len(ids)
+        n_texts += len(mask)
         if len(text_numbers) == 0:
             continue
-        with activation_hook(module, at, stop=True) as captured:
-            if isinstance(batch, Tensor):
-                model(ids)  # whatever its argument is called
-            else:
-                model(**inputs)
-        rows = captured[0][mask].to(getattr(torch, dtype)).cpu().numpy()
-        rule = "module must give a vector for each token id"
-        require(rows.ndim == 2, rule, tuple(captured[0].shape))
+        rows = activations(model, module, batch, mask, at).to(getattr(torch, dtype)).cpu().numpy()
         is_finite = np.isfinite(rows).all()
         require(is_finite, f"activations must fit in {dtype}", "one too large, or NaN")
-        tokens = torch.stack([text_numbers, ids[mask]], dim=1).int().cpu().numpy()
+        tokens = torch.stack([text_numbers, ids_of(batch)[mask]], dim=1).int().cpu().numpy()
         n_new = len(rows) if max_rows is None else min(len(rows), max_rows - n_done)
         append_rows(ids_file, n_done, tokens[:n_new])
         append_rows(out, n_done, rows[:n_new])
@@ -2290,6 +2386,146 @@ def append_rows(path: Path | str, n_before: int, rows: np.ndarray) -> None:
         np.lib.format.write_array_header_1_0(file, header)
 
 
+class Stream(Source):
+    """Rows of a model as it makes them, without a file: for ``train``, ``Trainer.on`` and loops.
+
+    ``batches``: what can be iterated anew, or a function that returns an iterator, of token ids (B,
+    T) or dicts (see ``harvest``); an iterator is good for one epoch. The model fills a pool of
+    about ``pool`` bytes, at least 64 batches of training, on their device. Its order is mixed, it
+    is used up, and the next one is filled. The first texts, whole ones with at most ``n_held_out``
+    rows, are ``held_out``: they give scale, limit (``max_norm``, see ``Rows``) and threshold, and
+    are not trained on. A run that is cut counts tokens, without the model, up to its pool.
+    ``ValueError`` for a model, a module or batches that do not fit."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        module: nn.Module,
+        batches: Iterable[Batch] | Callable[[], Iterable[Batch]],
+        at: str = "output",
+        drop: Sequence[int] = (),
+        pool: int = POOL_BYTES,
+        n_held_out: int = SAMPLE,
+        max_norm: float = 10.0,
+        on_rows: Callable[[int], None] = lambda n_made: None,
+    ):
+        self.activations = functools.partial(activations, model, module, at=at)
+        self.source = batches
+        self.drop = drop
+        self.pool = pool
+        self.on_rows = on_rows
+        self.n_made = 0
+        texts = self._texts()
+        first = next(texts, None)
+        require(first is not None, "batches must hold texts", "none")
+        check_model(model, module, first, at)
+        sample = self._hold_out(itertools.chain([first], texts), n_held_out)
+        self.d_model = sample.shape[1]
+        # float16 has half the memory of float32, if its range, 65,504, is enough
+        fits = sample.dtype == torch.float32 and float(sample.abs().max()) < 2**15
+        self.dtype = torch.float16 if fits else sample.dtype
+        self.held_out = Rows(sample, max_norm)
+
+    def _texts(self) -> Iterator[Batch]:
+        """The batches of text of one epoch."""
+        return iter(self.source() if callable(self.source) else self.source)
+
+    def _hold_out(self, texts: Iterator[Batch], n_most: int) -> Tensor:
+        """The rows (n, D) of the first texts; ``n_aside`` is the number of these texts."""
+        taken, rows = [], []
+        self.n_aside = n_rows = 0
+        for batch in texts:
+            taken.append(batch)
+            mask = row_mask(batch, self.drop)
+            ends = n_rows + mask.sum(dim=1).cumsum(0)  # rows up to the end of each text
+            n_texts = int((ends <= n_most).sum())
+            mask[n_texts:] = False
+            rows.append(self.activations(batch, mask).cpu())
+            n_rows += len(rows[-1])
+            self.n_aside += n_texts
+            if n_texts < len(mask):
+                break
+        if isinstance(self.source, Iterator):  # what was taken from it comes first
+            self.source = itertools.chain(taken, texts)
+        rule = f"the first texts must have rows, tokens in drop do not, and at most {n_most} each"
+        require(n_rows > 0, rule, n_rows)
+        return torch.cat(rows)
+
+    def split_off(self, fraction: float, seed: int = 0) -> tuple["Stream", Rows]:
+        """(This stream, the rows held out), whatever the fraction."""
+        return self, self.held_out
+
+    def sample(self, seed: int) -> Tensor:
+        """The rows held out: (n, D)."""
+        return self.held_out.read()
+
+    def _pools(self, draw: Draw) -> Iterator[tuple[Tensor, Tensor]]:
+        n_pool = max(self.pool // (self.d_model * self.dtype.itemsize), 64 * draw.batch_size)
+        if draw.end is not None:  # pools of equal size, so that the last makes no row in vain
+            n_all = draw.end * draw.batch_size
+            n_pool = math.ceil(n_all / math.ceil(n_all / n_pool))
+        memory = torch.empty(0, self.d_model, dtype=self.dtype, device=draw.device)
+        n_seen = 0
+        for number, (texts, n_rows) in enumerate(self._groups(draw, n_pool)):
+            n_skip = draw.n_skip - n_seen
+            n_seen += n_rows
+            if n_skip >= n_rows:
+                continue
+            memory.resize_(n_rows, self.d_model)
+            self._fill(memory, texts, draw.stop)
+            if draw.stop():
+                return
+            found = distances(memory, self.held_out.centre)
+            require(found.isfinite().all(), "activations must be finite", "NaN")
+            order = np.random.default_rng([draw.seed, number]).permutation(n_rows)
+            yield memory, near_order(order, found <= self.held_out.radius, max(0, n_skip))
+
+    def _groups(self, draw: Draw, n_least: int) -> Iterator[tuple[list, int]]:
+        """(Batches of text with masks, and their rows, ``n_least`` or more), by the masks alone.
+        The last of an epoch has fewer."""
+        n_all = 0
+        while True:
+            n_before = n_all
+            group, n_rows = [], 0
+            for batch, mask in self._own_texts(draw):
+                group.append((batch, mask))
+                n_rows += int(mask.sum())
+                if n_rows >= n_least:
+                    yield group, n_rows
+                    n_all += n_rows
+                    group, n_rows = [], 0
+            if n_rows > 0:
+                yield group, n_rows
+            n_all += n_rows
+            rule = (
+                "batches must go on after those held out, and start anew as a list or function does"
+            )
+            require(n_all > n_before, rule, f"an end after {n_all:,} rows")
+
+    def _own_texts(self, draw: Draw) -> Iterator[tuple[Batch, Tensor]]:
+        """This process's batches of an epoch, and which of their tokens are rows to train on."""
+        n_texts = 0
+        for number, batch in enumerate(self._texts()):
+            mask = row_mask(batch, self.drop)
+            mask[: max(0, self.n_aside - n_texts)] = False
+            n_texts += len(mask)
+            if number % draw.world == draw.rank:
+                yield batch, mask
+
+    def _fill(self, memory: Tensor, texts: list, stop: Callable[[], bool]):
+        """Run the model on the texts; what lies beyond the range of a dtype is far out anyway."""
+        limit = torch.finfo(self.dtype).max
+        end = 0
+        for batch, mask in texts:
+            if stop():
+                return
+            made = self.activations(batch, mask)
+            memory[end : end + len(made)] = made.clamp(-limit, limit)
+            end += len(made)
+            self.n_made += len(made)
+            self.on_rows(self.n_made)
+
+
 @torch.no_grad()
 def loss_recovered(
     model: nn.Module,
@@ -2311,7 +2547,7 @@ def loss_recovered(
     n_tokens = 0
     for batch in batches:
         ids = batch.to(device)
-        keep = is_kept(ids, drop)
+        keep = row_mask(ids, drop)
         is_target = keep[:, 1:]
         target = ids[:, 1:][is_target]
         n_tokens += len(target)

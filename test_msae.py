@@ -1,6 +1,7 @@
 """Claims about msae, each against a naive oracle or a literal number. No GPU, no network."""
 
 import base64
+import collections
 import contextlib
 import html.parser
 import http.server
@@ -8,6 +9,7 @@ import importlib.util
 import io
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import pickle
@@ -1427,13 +1429,16 @@ def test_harvest_writes_the_rows_of_the_stream_and_no_wasted_layer(tmp_path, mon
     with torch.no_grad(), msae.activation_hook(model.torso[1], "input") as captured:
         model(ids)
     expected = captured[0][(ids != 1) & (ids != 2)]
-    monkeypatch.setattr(model.torso[2], "forward", None)
+    later_layer = unittest.mock.Mock(side_effect=lambda x: x)
+    monkeypatch.setattr(model.torso[2], "forward", later_layer)
     source = model, model.torso[1], ids.split(7)
     n = msae.harvest(
         *source, tmp_path / "a", "input", drop=(1, 2), dtype="float32", on_rows=seen.append
     )
     assert n == len(expected) == 40 * 16 - 20 == seen[-1]
     assert len(seen) == 6
+    assert later_layer.call_count == 1  # a first look at the model
+    assert len(later_layer.call_args.args[0]) == 1  # with one text
     np.testing.assert_allclose(np.load(tmp_path / "a"), expected, rtol=1e-5, atol=1e-6)
     assert msae.harvest(*source, tmp_path / "b", "input", drop=(1, 2), max_rows=123) == 123
     half = np.load(tmp_path / "b")
@@ -1504,6 +1509,193 @@ def test_a_harvest_that_is_cut_leaves_a_whole_file_of_its_rows(tmp_path, monkeyp
         assert np.array_equal(cut, whole[: len(cut)])
     with pytest.raises(ValueError, match="new file"):
         msae.harvest(**source, out="cut.npy")
+
+
+def stream(batches=None, **options):
+    """A source of TinyModel's stream into layer 1, and its rows, text by text."""
+    model = tiny()
+    ids = torch.randint(3, 50, (400, 17), generator=torch.Generator().manual_seed(1))
+    ids[:, 0] = 1
+    ids[5:9, 12:] = 2
+    texts = ids.split(7) if batches is None else batches(ids.split(7))
+    source = {"at": "input", "drop": (1, 2), "pool": 1, "n_held_out": 600, **options}
+    with torch.no_grad(), msae.activation_hook(model.torso[1], "input") as captured:
+        model(ids)
+    rows_of_text = [
+        stream[(text != 1) & (text != 2)].half()
+        for stream, text in zip(captured[0], ids, strict=True)
+    ]
+    return msae.Stream(model, model.torso[1], texts, **source), rows_of_text
+
+
+def naive_pools(rows_of_text, n_held_out, n_pool, seed, n_epochs, texts_a_batch=7):
+    """The rows of whole batches of text, as many as fill a pool, in an order of its own."""
+    number = 0
+    for _ in range(n_epochs):
+        pool = []
+        for first in range(0, len(rows_of_text), texts_a_batch):
+            texts = range(first, min(first + texts_a_batch, len(rows_of_text)))
+            pool += [row for text in texts if text >= n_held_out for row in rows_of_text[text]]
+            is_last = texts[-1] == len(rows_of_text) - 1
+            if len(pool) >= n_pool or is_last:
+                order = np.random.default_rng([seed, number]).permutation(len(pool))
+                yield torch.stack(pool)[torch.from_numpy(order)].float()
+                number += 1
+                pool = []
+
+
+def test_a_stream_gives_the_rows_of_the_model_pool_by_pool():
+    source, rows_of_text = stream()
+    n_texts = source.n_aside
+    held_out = torch.cat(rows_of_text[:n_texts])
+    assert len(held_out) <= 600 < len(held_out) + len(rows_of_text[n_texts])
+    assert torch.equal(source.held_out.read().half(), held_out)
+    assert source.dtype == torch.float16
+    expected = torch.cat(list(naive_pools(rows_of_text, n_texts, 64 * 16, seed=3, n_epochs=3)))
+    n_batches = len(expected) // 16
+    batches = list(itertools.islice(source.batches(16, seed=3), n_batches))
+    assert torch.equal(torch.cat(batches), expected[: 16 * n_batches])
+    for start in (1, 63, 64, 65, 100, 400, n_batches - 1):  # the model runs for one pool alone
+        source.n_made = 0
+        assert torch.equal(next(source.batches(16, seed=3, start=start)), batches[start])
+        assert source.n_made <= 64 * 16 + 7 * 16
+
+
+def test_training_on_a_stream_is_training_on_its_rows():
+    source, rows_of_text = stream()
+    cfg = config(batch_size=16, steps=150, seed=3)
+    trainer = msae.Trainer.on(source, cfg, held_out=source.held_out)
+    n_pool = math.ceil(150 * 16 / 3)  # three pools of equal size, as two of 64 batches are too few
+    pools = naive_pools(rows_of_text, source.n_aside, n_pool, seed=3, n_epochs=1)
+    rows_in_order = torch.cat(list(pools))
+    for x in rows_in_order[: 150 * 16].split(16):
+        trainer.step(x)
+    assert same(msae.train(source, cfg), trainer.export())
+
+
+@pytest.mark.parametrize("where", ["in a pool", "between pools", "while the model runs"])
+@pytest.mark.parametrize("how", ["killed", "Ctrl-C"])
+def test_a_run_on_a_stream_that_is_cut_goes_on_bit_for_bit(tmp_path, how, where):
+    def cut(number):
+        if number >= moment and how == "Ctrl-C":
+            signal.raise_signal(signal.SIGINT)
+        elif number >= moment:
+            raise SystemExit  # nothing is saved any more
+
+    cfg = config(batch_size=16, steps=150)
+    whole = msae.train(stream()[0], cfg)
+    moment = {"in a pool": 70, "between pools": 50, "while the model runs": 1200}[where]
+    source, _ = stream()
+    on_log = lambda figures: cut(figures["step"])  # noqa: E731
+    if where == "while the model runs":
+        source.on_rows = cut
+        on_log = print
+    options = {"out": tmp_path, "save_minutes": 0}
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        msae.train(source, cfg, on_log=on_log, log_every=1, **options)
+    assert 40 < steps_on_disk(tmp_path) < 80
+    source, _ = stream()
+    assert same(msae.train(source, cfg, resume=True, **options), whole)
+
+
+def test_a_stream_takes_what_can_be_iterated_anew_and_an_iterator_for_one_epoch(tmp_path):
+    expected = next(stream()[0].batches(16))
+    for batches in (list, iter, lambda texts: lambda: iter(texts)):
+        assert torch.equal(next(stream(batches)[0].batches(16)), expected)
+    source, rows_of_text = stream(iter)
+    n_rows = sum(map(len, rows_of_text[source.n_aside :]))
+    with pytest.raises(ValueError, match=f"start anew .*an end after {n_rows:,} rows"):
+        msae.train(source, config(batch_size=16, steps=5000), out=tmp_path)
+    assert steps_on_disk(tmp_path) == n_rows // 16
+
+
+def test_processes_share_the_texts_of_a_stream():
+    source, rows_of_text = stream()
+    shares = []
+    for rank in range(3):
+        pools = source._pools(
+            msae.Draw(16, 0, 0, rank, 3, torch.device("cpu"), None, lambda: False)
+        )
+        rows, order = next(pools)
+        shares.append(rows[order])
+    n_rows = sum(map(len, shares))
+    everything = torch.cat(rows_of_text[source.n_aside :])
+    for share in shares:
+        assert 0.9 < 3 * len(share) / n_rows < 1.1
+    # no row is in two shares, or twice in one
+    given = collections.Counter(tuple(row) for share in shares for row in share.tolist())
+    assert given <= collections.Counter(map(tuple, everything.tolist()))
+
+
+def test_massive_rows_of_a_stream_are_left_out_and_beyond_float16_kept_in_float32():
+    model = torch.nn.Sequential(torch.nn.Embedding(50, 8), torch.nn.Identity()).eval()
+    model[0].weight.data[7] = 1e6
+    ids = torch.randint(50, (400, 20), generator=torch.Generator().manual_seed(0))
+    with pytest.warns(UserWarning, match="left out"):
+        source = msae.Stream(model, model[1], ids.split(8), pool=1, n_held_out=600)
+    assert source.dtype == torch.float32
+    batches = torch.cat(list(source.batches(16, end=100)))
+    assert batches.abs().max() < 100
+
+
+class Twice(torch.nn.Module):
+    """Calls its layer twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = torch.nn.Embedding(50, 8)
+        self.layer = torch.nn.Linear(8, 8)
+
+    def forward(self, ids):
+        return self.layer(self.layer(self.embed(ids)))
+
+
+class SequenceFirst(Twice):
+    def forward(self, ids):
+        return self.layer(self.embed(ids.T))
+
+
+class Pooled(Twice):
+    def forward(self, ids):
+        return self.layer(self.embed(ids).mean(dim=1))
+
+
+@pytest.mark.parametrize(
+    "model, options, names",
+    [
+        (Twice().train(), {}, "evaluation mode"),
+        (Twice().eval(), {}, "called once in a forward pass, calls, got 2"),
+        (Twice().eval(), {"module": torch.nn.ReLU()}, "must be called in this context"),
+        (SequenceFirst().eval(), {}, r"\(B, T, D\) for token ids \(3, 9\), got \(9, 3, 8\)"),
+        (Pooled().eval(), {}, r"token ids \(3, 9\), got \(3, 8\)"),
+        (tiny(), {"module": None, "drop": range(50)}, "must have rows"),
+        (tiny(), {"module": None, "batches": ()}, "must hold texts"),
+    ],
+)
+def test_a_stream_that_cannot_be_is_refused_before_any_step(model, options, names):
+    source = {"module": getattr(model, "layer", None), "batches": torch.ones(4, 3, 9).long()}
+    source |= options
+    if source["module"] is None:
+        source["module"] = model.torso[0]
+    with pytest.raises(ValueError, match=names):
+        msae.Stream(model, **source)
+
+
+def test_train_on_tokens_needs_no_file_of_rows_and_resumes(here):
+    command = "train --tokens ids.jsonl --model tiny.pt --layer 2 --latents 32 --k 4".split()
+    command += "--batch-size 64 --steps 120".split()
+    run(*command, "--out", "whole")
+    with unittest.mock.patch.object(msae.Trainer, "step", stopping_at(60)):
+        run(*command, "--out", "cut", "--save-minutes", 0, codes=(130,))
+    output = run(*command, "--out", "cut", "--resume")
+    assert same_run("whole", "cut")
+    assert "rows of width 32, 5" in output  # held out, a tenth of 5,450 rows
+    found = json.loads(Path("whole/eval.json").read_text())
+    assert 500 < found["rows"] <= 545
+    metadata = msae.MatryoshkaSAE.load("whole").metadata
+    assert metadata["hook_name"] == "torso.2.input"
+    assert "one of them" in refused(*command, "--acts", "acts.npy")
+    assert "one of them" in refused("train", "--latents", 8)
 
 
 @pytest.mark.parametrize(
