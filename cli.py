@@ -849,6 +849,10 @@ def metadata_of_harvest(model_path: str, hook_name: str, tokens: str) -> dict:
 # Checkpoints to figures: on rows, against labels, and spliced into TinyModel.
 
 LOSS_COLUMNS = {"latents": "{latents:,}", "loss": "{spliced:.4f}", "recovered": "{recovered:.1%}"}
+UNCOVERED = (
+    "{path}: {uncovered:,} of {rows:,} rows, too far out for its training, stay as they are; "
+    "coded all the same the loss is {all_coded[spliced]:.4f}, {all_coded[recovered]:.1%} recovered"
+)
 PROBE_COLUMNS = {
     "latents": "{latents:,}",
     "raw": "{raw[f1]:.3f}",
@@ -930,7 +934,7 @@ def spliced_loss(
     batches = ids.split(8)  # documents: more logits would take much memory
     with progress(f"{path}  batch", len(batches)) as show:
         batches = show_each(batches, show)
-        return msae.loss_recovered(model, model.layers[layer], sae, batches, drop=NO_ROW)
+        return msae.loss_recovered(model, model.layers[layer], sae, batches, "input", NO_ROW)
 
 
 def show_each(batches: Iterable, show: Callable[[int], None]) -> Iterator:
@@ -962,6 +966,9 @@ def show_losses(results: dict[str, dict]) -> None:
     any_loss = next(iter(losses.values()))  # the same figures for all
     sections = {path: loss["prefixes"] for path, loss in losses.items()}
     show_table(title.format(**any_loss), LOSS_COLUMNS, sections)
+    for path, loss in losses.items():
+        if loss["uncovered"] > 0:
+            click.echo(fill(UNCOVERED, {"path": path, **loss}))
 
 
 def show_probes(results: dict[str, dict]) -> None:

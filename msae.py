@@ -31,6 +31,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import inspect
 import itertools
 import json
 import math
@@ -41,7 +42,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -68,6 +69,7 @@ def require(condition: Any, rule: str, value: Any) -> None:
 
 WEIGHTS = "sae_weights.safetensors"
 CONFIG = "cfg.json"
+LIMIT = "limit.safetensors"  # centre and radius, which SAELens does not know
 # What SAELens calls the SAE below. Other values of these keys mean other computations.
 SAELENS = {
     "architecture": "jumprelu",
@@ -100,6 +102,9 @@ class MatryoshkaSAE(nn.Module):
         self.W_dec = nn.Parameter(W_dec)
         self.b_dec = nn.Parameter(torch.zeros(d_model))
         self.register_buffer("threshold", torch.zeros(n_latents))
+        # raw rows beyond the radius were left out of training
+        self.register_buffer("centre", torch.zeros(d_model), persistent=False)
+        self.register_buffer("radius", torch.tensor(math.inf), persistent=False)
         self.prefixes = prefix_lengths(n_latents, prefixes)
         self.metadata: dict = {}  # what its checkpoint says of it
 
@@ -124,6 +129,19 @@ class MatryoshkaSAE(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.decode(self.encode(x))
+
+    def covers(self, x: Tensor) -> Tensor:
+        """Whether raw rows are like those of training: ``|x - centre| <= radius``, (..., D) ->
+        (...)."""
+        return (x.to(self.centre.dtype) - self.centre).norm(dim=-1) <= self.radius
+
+    def splice(self, x: Tensor, prefix: int | None = None) -> Tensor:
+        """``decode(encode(x))`` of the rows that it ``covers``, the others as they are: (..., D).
+
+        Massive rows carry much of what a model does. Coded by an SAE that has never seen their
+        like, they ruin its output."""
+        recon = self.decode(self.encode(x, prefix))
+        return torch.where(self.covers(x)[..., None], recon, x)
 
     @torch.no_grad()
     def fold_scale(self, scale: Tensor) -> None:
@@ -157,6 +175,8 @@ class MatryoshkaSAE(nn.Module):
             tensors[name] = tensor.float().cpu().contiguous()
         Path(folder).mkdir(parents=True, exist_ok=True)
         write(Path(folder, WEIGHTS), safetensors.torch.save(tensors))
+        limit = {"centre": self.centre.cpu(), "radius": self.radius.cpu()}
+        write(Path(folder, LIMIT), safetensors.torch.save(limit))
         write(Path(folder, CONFIG), cfg)
 
     @classmethod
@@ -166,7 +186,7 @@ class MatryoshkaSAE(nn.Module):
         A folder of that name wins. ``ValueError`` for another architecture, damaged files, or
         weights that are not finite; ``OSError`` for what is not there."""
         if is_on_hub(source):
-            folder = download(source, [CONFIG, WEIGHTS], revision)
+            folder = download(source, [CONFIG, WEIGHTS, LIMIT], revision)
         else:
             folder = Path(source)
             require(not revision, f"revision needs a Hub repository, {source} is none", revision)
@@ -181,6 +201,10 @@ class MatryoshkaSAE(nn.Module):
             sae.load_state_dict(safetensors.torch.load_file(folder / WEIGHTS))
             for name, tensor in sae.state_dict().items():
                 require(tensor.isfinite().all(), f"{name} must be finite", "NaN or infinity")
+            if (folder / LIMIT).exists():
+                limit = safetensors.torch.load_file(folder / LIMIT)
+                sae.centre.copy_(limit["centre"])
+                sae.radius.copy_(limit["radius"])
         if not cfg.get("apply_b_dec_to_input", True):
             # its x @ W_enc is our (x - b_dec) @ W_enc + b_dec @ W_enc
             sae.b_enc.data += sae.b_dec.data @ sae.W_enc.data
@@ -740,6 +764,7 @@ class Trainer:
         self.loss = loss
         self.calibrates = calibrate
         self.calibration_rows: Tensor | None = None  # raw (n, D), not trained on
+        self.limit = (0.0, math.inf)  # centre and radius of the rows that are trained on
         self.device = torch.empty(0, device=device).device  # of cuda, cuda:0
         self.scale = torch.as_tensor(scale).float().expand(d_model).to(self.device)
         self.dtype = cfg.dtype or default_dtype(self.device, loss)
@@ -798,6 +823,7 @@ class Trainer:
         scale = stretch * (spread / stretch).norm()
         trainer = cls(cfg, rows.d_model, device, mean, scale, loss, calibrate)
         trainer.calibration_rows = sample if held_out is None else held_out.read()
+        trainer.limit = (rows.centre, rows.radius)
         if loss is fast_loss:
             x = sample[:64].to(trainer.device) / trainer.scale
             check_fast_loss(trainer.sae, x, trainer.next_step(len(x)))
@@ -972,6 +998,9 @@ class Trainer:
         sae = SAE(d_model, len(keep), self.cfg.prefix_lengths(), torch.Generator()).to(self.device)
         sae.load_state_dict(tensors)
         sae.fold_scale(self.scale)
+        centre, radius = self.limit
+        sae.centre.copy_(torch.as_tensor(centre))
+        sae.radius.fill_(radius)
         sae.metadata = {"k": self.cfg.k, "training": dataclasses.asdict(self.cfg)}
         rule = f"diverged by step {self.steps_done}, lower lr: weights must be finite"
         for tensor in sae.parameters():
@@ -1124,6 +1153,8 @@ class Source:
 
     d_model: int
     n_rows: int | None = None  # None: not known before the end
+    centre: Tensor  # (D,) median row
+    radius: float  # rows further from it are left out
 
     def _pools(self, draw: Draw) -> Iterator[tuple[Tensor, Tensor]]:
         """Endless (rows, the order in which they are taken), on the device, but for the first
@@ -2274,29 +2305,58 @@ def activation_hook(
     require(captured, f"{name} must be called in this context, calls", 0)
 
 
-Batch = Tensor | dict[str, Tensor]  # of text: token ids (B, T), or what a model takes by name
+# Of text: token ids (B, T), or a dict of what a model takes by name, such as a tokenizer's. An
+# entry "keep" (B, T) is not for the model. It says which tokens give a row: those of an assistant,
+# say. Where there are no "input_ids", as of images, it has to be there.
+Batch = Tensor | Mapping[str, Tensor]
+
+
+def as_dict(batch: Batch) -> dict[str, Tensor]:
+    """A batch by name; ``ValueError`` for what is none."""
+    named = {"input_ids": batch} if isinstance(batch, Tensor) else batch
+    is_dict = isinstance(named, Mapping)
+    require(is_dict, "a batch must be a tensor of ids or a dict of tensors", type(batch))
+    for name, value in named.items():
+        require(isinstance(value, Tensor), f"{name} of a batch must be a tensor", type(value))
+    mask = named.get("input_ids", named.get("keep"))
+    require(mask is not None, 'a batch must have "input_ids" or "keep" (B, T)', list(named))
+    require(mask.ndim == 2, "ids of a batch must be (B, T)", tuple(mask.shape))
+    return dict(named)
 
 
 def forward(model: nn.Module, batch: Batch) -> Any:
     """What ``model`` makes of a batch of text, on its own device."""
     device = next(model.parameters()).device
-    if isinstance(batch, Tensor):
-        return model(batch.to(device))  # whatever its argument is called
-    return model(**{name: value.to(device) for name, value in batch.items()})
+    inputs = {name: value.to(device) for name, value in as_dict(batch).items() if name != "keep"}
+    if list(inputs) == ["input_ids"]:
+        return model(inputs["input_ids"])  # whatever its argument is called
+    return model(**inputs, **position_ids(model, inputs))
 
 
-def ids_of(batch: Batch) -> Tensor:
-    return batch if isinstance(batch, Tensor) else batch["input_ids"]
+def position_ids(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """``position_ids`` (B, T) for texts that are padded on the left, where a model would count the
+    padding too; ``ValueError`` if it does not take them. Else nothing."""
+    mask = inputs.get("attention_mask")
+    if mask is None or mask[:, 0].all() or "position_ids" in inputs:
+        return {}
+    takes = list(inspect.signature(model.forward).parameters)
+    rule = f"{type(model).__name__} must take position_ids, or texts be padded on the right"
+    require("position_ids" in takes, rule, takes)
+    return {"position_ids": (mask.cumsum(dim=1) - 1).clamp_min(0)}
 
 
 def row_mask(batch: Batch, drop: Sequence[int]) -> Tensor:
-    """Which tokens (B, T) give a row: those that are none of ``drop``, and no padding."""
-    ids = ids_of(batch)
-    dropped = torch.tensor(list(drop), device=ids.device, dtype=ids.dtype)
-    mask = ~torch.isin(ids, dropped)
-    if isinstance(batch, dict) and "attention_mask" in batch:
-        mask &= batch["attention_mask"].bool()
-    return mask
+    """Which tokens (B, T) give a row: those that are none of ``drop``, no padding, and in "keep" if
+    that is there."""
+    named = as_dict(batch)
+    masks = [named[name].bool() for name in ("attention_mask", "keep") if name in named]
+    if "input_ids" in named:
+        ids = named["input_ids"]
+        dropped = torch.tensor(list(drop), device=ids.device, dtype=ids.dtype)
+        masks.append(~torch.isin(ids, dropped))
+    shapes = [tuple(mask.shape) for mask in masks]
+    require(len(set(shapes)) == 1, "ids and masks of a batch must have one shape", shapes)
+    return torch.stack(masks).all(dim=0)
 
 
 @torch.no_grad()
@@ -2307,24 +2367,30 @@ def activations(model: nn.Module, module: nn.Module, batch: Batch, mask: Tensor,
     with activation_hook(module, at, stop=True) as captured:
         forward(model, batch)
     found = captured[0]
+    check_shape(module, found, mask)
+    return found[mask.to(found.device)]
+
+
+def check_shape(module: nn.Module, found: Tensor, mask: Tensor) -> None:
+    """``ValueError`` unless what ``module`` gave is a vector for each token of ``mask`` (B, T)."""
     rule = f"{type(module).__name__} must give (B, T, D) for token ids {tuple(mask.shape)}"
     require(found.ndim == 3, rule, tuple(found.shape))
     require(found.shape[:2] == mask.shape, rule, tuple(found.shape))
-    return found[mask.to(found.device)]
 
 
 @torch.no_grad()
 def check_model(model: nn.Module, module: nn.Module, batch: Batch, at: str) -> None:
-    """``ValueError`` unless ``model`` is in evaluation mode and calls ``module`` once, on one
-    text."""
+    """``ValueError`` unless ``model`` is in evaluation mode and calls ``module`` once.
+
+    Of one text, whose (1, T, D) cannot be taken for (T, 1, D) of a module that lists tokens
+    first."""
     require(not model.training, "model must be in evaluation mode, model.eval()", "one in training")
-    text = (
-        batch[:1] if isinstance(batch, Tensor) else {key: each[:1] for key, each in batch.items()}
-    )
+    text = {name: value[:1] for name, value in as_dict(batch).items()}
     with activation_hook(module, at) as captured:
         forward(model, text)
     rule = f"{type(module).__name__} must be called once in a forward pass, calls"
     require(len(captured) == 1, rule, len(captured))
+    check_shape(module, captured[0], row_mask(text, ()))
 
 
 def harvest(
@@ -2341,10 +2407,10 @@ def harvest(
     """Write the activations of ``module`` in ``model`` to ``out``, X.npy (rows, D), with number of
     the text and token id of each to X.ids.npy, int32 (rows, 2); return the number of rows.
 
-    ``batches``: token ids (B, T), or dicts of what ``model`` takes by name, with "input_ids". Ids
-    in ``drop``, and what an "attention_mask" leaves out, give no row. What is written so far is a
-    whole file at any time. ``ValueError`` where ``out`` exists, rows do not fit, or there are
-    none."""
+    ``batches``: token ids (B, T), or dicts (see ``Batch``). Ids in ``drop``, and what an
+    "attention_mask" or "keep" leaves out, give no row. Without "input_ids" there is no X.ids.npy.
+    What is written so far is a whole file at any time. ``ValueError`` where ``out`` exists, rows do
+    not fit, or there are none."""
     require(not Path(out).exists(), "out must be a new file", out)
     require(dtype in ("float16", "float32"), "dtype must be float16 or float32", dtype)
     ids_file = Path(out).with_suffix(".ids.npy")
@@ -2357,12 +2423,14 @@ def harvest(
         n_texts += len(mask)
         if len(text_numbers) == 0:
             continue
-        rows = activations(model, module, batch, mask, at).to(getattr(torch, dtype)).cpu().numpy()
-        is_finite = np.isfinite(rows).all()
-        require(is_finite, f"activations must fit in {dtype}", "one too large, or NaN")
-        tokens = torch.stack([text_numbers, ids_of(batch)[mask]], dim=1).int().cpu().numpy()
+        found = activations(model, module, batch, mask, at)
+        is_first = text_numbers.diff(prepend=text_numbers[:1] - 1) != 0
+        rows = in_dtype(found, dtype, is_first).cpu().numpy()
         n_new = len(rows) if max_rows is None else min(len(rows), max_rows - n_done)
-        append_rows(ids_file, n_done, tokens[:n_new])
+        ids = as_dict(batch).get("input_ids")
+        if ids is not None:
+            tokens = torch.stack([text_numbers, ids[mask]], dim=1).int().cpu().numpy()
+            append_rows(ids_file, n_done, tokens[:n_new])
         append_rows(out, n_done, rows[:n_new])
         n_done += n_new
         on_rows(n_done)
@@ -2370,6 +2438,19 @@ def harvest(
             break
     require(n_done > 0, "the batches must give at least 1 row", n_done)
     return n_done
+
+
+def in_dtype(rows: Tensor, dtype: str, is_first: Tensor) -> Tensor:
+    """``rows`` (n, D) in ``dtype``; ``ValueError`` says how many do not fit, and how many of these
+    are the first of their text."""
+    converted = rows.to(getattr(torch, dtype))
+    is_bad = ~converted.isfinite().all(dim=1).cpu()
+    if is_bad.any():
+        n_first = int(is_bad[is_first.cpu()].sum())
+        found = f"{is_bad.sum()} of {len(rows)} rows of a batch do not fit in {dtype}"
+        way_on = "" if dtype == "float32" else "; float32 has more range, in twice the disk"
+        raise ValueError(f"{found}, {n_first} of them first tokens{way_on}")
+    return converted
 
 
 def append_rows(path: Path | str, n_before: int, rows: np.ndarray) -> None:
@@ -2425,6 +2506,8 @@ class Stream(Source):
         fits = sample.dtype == torch.float32 and float(sample.abs().max()) < 2**15
         self.dtype = torch.float16 if fits else sample.dtype
         self.held_out = Rows(sample, max_norm)
+        self.centre = self.held_out.centre
+        self.radius = self.held_out.radius
 
     def _texts(self) -> Iterator[Batch]:
         """The batches of text of one epoch."""
@@ -2475,10 +2558,10 @@ class Stream(Source):
             self._fill(memory, texts, draw.stop)
             if draw.stop():
                 return
-            found = distances(memory, self.held_out.centre)
+            found = distances(memory, self.centre)
             require(found.isfinite().all(), "activations must be finite", "NaN")
             order = np.random.default_rng([draw.seed, number]).permutation(n_rows)
-            yield memory, near_order(order, found <= self.held_out.radius, max(0, n_skip))
+            yield memory, near_order(order, found <= self.radius, max(0, n_skip))
 
     def _groups(self, draw: Draw, n_least: int) -> Iterator[tuple[list, int]]:
         """(Batches of text with masks, and their rows, ``n_least`` or more), by the masks alone.
@@ -2531,40 +2614,71 @@ def loss_recovered(
     model: nn.Module,
     module: nn.Module,
     sae: MatryoshkaSAE,
-    batches: Iterable[Tensor],
-    at: str = "input",
+    batches: Iterable[Batch],
+    at: str = "output",
     drop: Sequence[int] = (),
 ) -> dict[str, Any]:
     """Cross-entropy, nats per token, with the stream at ``module`` left, zeroed, coded.
 
-    ``batches`` of token ids (B, T); those in ``drop`` keep their stream and are not predicted. By
-    prefix ``recovered = (zeroed - spliced) / (zeroed - clean)``, None for 0 / 0."""
-    device = next(model.parameters()).device
-    swaps = [lambda x: x, torch.zeros_like]
-    for p in sae.prefixes:
-        swaps.append(lambda x, p=p: sae.decode(sae.encode(x, p)))
+    ``batches`` as for ``harvest``. Tokens that give no row keep their stream and are not predicted.
+    Rows that ``sae`` does not cover, ``uncovered`` of ``rows``, keep it too (see ``splice``), but
+    for the figures ``all_coded``. By prefix ``recovered = (zeroed - spliced) / (zeroed - clean)``,
+    None for 0 / 0."""
+    n_rows = n_uncovered = n_tokens = 0
+
+    def clean(rows: Tensor) -> Tensor:
+        nonlocal n_rows, n_uncovered
+        n_rows += len(rows)
+        n_uncovered += int((~sae.covers(rows)).sum())
+        return rows
+
+    swaps = [clean, torch.zeros_like, sae]
+    swaps += [functools.partial(sae.splice, prefix=p) for p in sae.prefixes]
     sums = np.zeros(len(swaps))
-    n_tokens = 0
     for batch in batches:
-        ids = batch.to(device)
-        keep = row_mask(ids, drop)
-        is_target = keep[:, 1:]
-        target = ids[:, 1:][is_target]
+        keep, is_target, target = targets(batch, drop, next(model.parameters()).device)
         n_tokens += len(target)
         for i, swap in enumerate(swaps):
-            splice = functools.partial(torch.where, keep[..., None])
-            with activation_hook(
-                module, at, lambda x, swap=swap, splice=splice: splice(swap(x), x)
-            ):
-                output = model(ids)
+            with activation_hook(module, at, functools.partial(replace_rows, keep, swap)):
+                output = forward(model, batch)
             logits = getattr(output, "logits", output)[:, :-1][is_target]
-            entropy = nn.functional.cross_entropy(logits.float(), target, reduction="sum")
-            sums[i] += float(entropy)
+            sums[i] += float(nn.functional.cross_entropy(logits.float(), target, reduction="sum"))
     require(n_tokens > 0, "the batches must have tokens to predict", n_tokens)
-    clean, zeroed, *spliced = (sums / n_tokens).tolist()
-    gap = zeroed - clean
-    levels = []
-    for p, loss in zip(sae.prefixes, spliced, strict=True):
-        recovered = (zeroed - loss) / gap if gap else None
-        levels.append({"latents": p, "spliced": loss, "recovered": recovered})
-    return {"clean": clean, "zeroed": zeroed, "tokens": n_tokens, "prefixes": levels}
+    loss, zeroed, *coded = (sums / n_tokens).tolist()
+
+    def recovered(spliced: float) -> float | None:
+        return (zeroed - spliced) / (zeroed - loss) if zeroed != loss else None
+
+    levels = [
+        {"latents": p, "spliced": spliced, "recovered": recovered(spliced)}
+        for p, spliced in zip(sae.prefixes, coded[1:], strict=True)
+    ]
+    return {
+        "clean": loss,
+        "zeroed": zeroed,
+        "tokens": n_tokens,
+        "rows": n_rows,
+        "uncovered": n_uncovered,
+        "all_coded": {"spliced": coded[0], "recovered": recovered(coded[0])},
+        "prefixes": levels,
+    }
+
+
+def targets(
+    batch: Batch, drop: Sequence[int], device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Which tokens (B, T) give a row; which positions (B, T - 1) predict one of them, none of which
+    is padding; and the ids that they should predict."""
+    named = as_dict(batch)
+    require("input_ids" in named, 'batches must have "input_ids" to predict', list(named))
+    keep = row_mask(batch, drop)
+    is_target = keep[:, 1:].clone()
+    if "attention_mask" in named:
+        is_target &= named["attention_mask"][:, :-1].bool()
+    target = named["input_ids"][:, 1:][is_target]
+    return keep.to(device), is_target.to(device), target.to(device)
+
+
+def replace_rows(keep: Tensor, swap: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """``x`` (B, T, D) with ``swap`` of the rows (n, D) where ``keep`` (B, T) is."""
+    return x.index_put((keep,), swap(x[keep]).to(x))

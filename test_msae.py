@@ -1465,6 +1465,130 @@ def test_harvest_of_another_model_leaves_padding_out(tmp_path):
     assert mask.sum() == 4
 
 
+class Counted(torch.nn.Module):
+    """A causal model whose rows tell token and position: the sum of all tokens so far in the first
+    number, the learned position in the second, or (T, B, D) if ``tokens_first``."""
+
+    def __init__(self, tokens_first=False, takes_positions=True):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(()))
+        self.block = torch.nn.Identity()
+        self.tokens_first = tokens_first
+        if not takes_positions:
+            self.forward = lambda input_ids, attention_mask: self.rows(input_ids, attention_mask)
+
+    def forward(self, input_ids, attention_mask=None, position_ids=None):
+        return self.rows(input_ids, attention_mask, position_ids)
+
+    def rows(self, input_ids, attention_mask=None, position_ids=None):
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        if position_ids is None:
+            position_ids = torch.arange(input_ids.shape[1]).expand_as(input_ids)
+        x = torch.stack([(input_ids * mask).cumsum(dim=1), position_ids], dim=2) * self.scale
+        return self.block(x.transpose(0, 1) if self.tokens_first else x)
+
+
+TEXTS = [[3, 4, 5, 6], [7, 8], [9, 10, 11]]
+ROWS = [[3, 0], [7, 1], [12, 2], [18, 3], [7, 0], [15, 1], [9, 0], [19, 1], [30, 2]]
+
+
+def padded(side, **more):
+    """The texts as a tokenizer gives them, padded on this side with 0s."""
+    batch = {name: torch.zeros(3, 4, dtype=torch.long) for name in ("input_ids", "attention_mask")}
+    for row, text in enumerate(TEXTS):
+        place = slice(4 - len(text), 4) if side == "left" else slice(len(text))
+        batch["input_ids"][row, place] = torch.tensor(text)
+        batch["attention_mask"][row, place] = 1
+    return {**batch, **more}
+
+
+@pytest.mark.parametrize("kind", [dict, collections.UserDict], ids=["dict", "UserDict"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_on_either_side_gives_the_rows_of_each_text_alone(tmp_path, side, kind):
+    model = Counted().eval()
+    batches = [kind(padded(side))]
+    msae.harvest(model, model.block, batches, tmp_path / "a.npy", dtype="float32")
+    assert np.load(tmp_path / "a.npy").tolist() == ROWS
+    source = msae.Stream(model, model.block, batches, n_held_out=6)
+    assert source.held_out.read().tolist() == ROWS[:6]
+
+
+def test_padding_on_the_left_is_refused_where_a_model_would_count_it(tmp_path):
+    model = Counted(takes_positions=False).eval()
+    msae.harvest(model, model.block, [padded("right")], tmp_path / "a.npy")
+    with pytest.raises(ValueError, match="Counted must take position_ids, or .* on the right"):
+        msae.harvest(model, model.block, [padded("left")], tmp_path / "b.npy")
+
+
+def test_keep_says_which_tokens_give_a_row(tmp_path):
+    model = Counted().eval()
+    keep = torch.tensor([[0, 1, 1, 0], [0, 1, 1, 1], [1, 0, 0, 1]])
+    batches = [padded("right", keep=keep)]
+    msae.harvest(model, model.block, batches, tmp_path / "a.npy", drop=(8,), dtype="float32")
+    assert np.load(tmp_path / "a.npy").tolist() == [[7, 1], [12, 2], [9, 0]]
+    batches[0]["keep"] = keep[:, 1:]
+    with pytest.raises(ValueError, match=r"one shape, got .*\(1, 3\)"):
+        msae.harvest(model, model.block, batches, tmp_path / "b.npy")
+
+
+def test_rows_of_images_have_no_ids(tmp_path):
+    class Vision(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.patches = torch.nn.Linear(3, 2)
+
+        def forward(self, pixel_values):
+            return self.patches(pixel_values)
+
+    model = Vision().eval()
+    pixels = torch.randn(2, 5, 3)
+    batch = {"pixel_values": pixels}
+    with pytest.raises(ValueError, match=r'"keep" \(B, T\), got .*pixel_values'):
+        msae.harvest(model, model.patches, [batch], tmp_path / "a.npy")
+    batch["keep"] = torch.ones(2, 5)
+    assert msae.harvest(model, model.patches, [batch], tmp_path / "a.npy", dtype="float32") == 10
+    expected = model.patches(pixels).flatten(0, 1).detach()
+    np.testing.assert_allclose(np.load(tmp_path / "a.npy"), expected, rtol=1e-6)
+    assert [file.name for file in tmp_path.iterdir()] == ["a.npy"]
+
+
+@pytest.mark.parametrize(
+    "batch, names",
+    [
+        ([[1, 2]], "tensor of ids or a dict.*list"),
+        ({"input_ids": [[1, 2]]}, "input_ids of a batch must be a tensor.*list"),
+        ({"labels": torch.ones(1, 2)}, '"input_ids" or "keep".*labels'),
+        (torch.ones(3, dtype=torch.long), r"must be \(B, T\).*\(3,\)"),
+    ],
+)
+def test_what_is_no_batch_is_refused_wherever_batches_are_taken(tmp_path, batch, names):
+    model = Counted().eval()
+    sae = msae.MatryoshkaSAE(2, 4)
+    with pytest.raises(ValueError, match=names):
+        msae.harvest(model, model.block, [batch], tmp_path / "a.npy")
+    with pytest.raises(ValueError, match=names):
+        msae.Stream(model, model.block, [batch])
+    with pytest.raises(ValueError, match=names):
+        msae.loss_recovered(model, model.block, sae, [batch])
+
+
+def test_tokens_first_is_refused_even_for_as_many_texts_as_tokens(tmp_path):
+    model = Counted(tokens_first=True).eval()
+    ids = torch.arange(16).view(4, 4)
+    with pytest.raises(ValueError, match=r"\(B, T, D\) for token ids \(1, 4\), got \(4, 1, 2\)"):
+        msae.harvest(model, model.block, [ids], tmp_path / "a.npy")
+
+
+def test_rows_too_large_for_float16_are_counted(tmp_path):
+    model = Counted().eval()
+    texts = torch.tensor([[70_000, 0, 5], [1, 70_000, 6], [1, 2, 3]])
+    names = "5 of 9 rows .*do not fit in float16, 1 of them first tokens; float32 has"
+    with pytest.raises(ValueError, match=names):
+        msae.harvest(model, model.block, [texts[2:], texts], tmp_path / "a.npy")
+    sums_and_positions = [[1, 0], [3, 1], [6, 2]]
+    assert np.load(tmp_path / "a.npy").tolist() == sums_and_positions  # what was written stands
+
+
 @pytest.mark.parametrize(
     "names, options",
     [
@@ -1666,8 +1790,8 @@ class Pooled(Twice):
         (Twice().train(), {}, "evaluation mode"),
         (Twice().eval(), {}, "called once in a forward pass, calls, got 2"),
         (Twice().eval(), {"module": torch.nn.ReLU()}, "must be called in this context"),
-        (SequenceFirst().eval(), {}, r"\(B, T, D\) for token ids \(3, 9\), got \(9, 3, 8\)"),
-        (Pooled().eval(), {}, r"token ids \(3, 9\), got \(3, 8\)"),
+        (SequenceFirst().eval(), {}, r"\(B, T, D\) for token ids \(1, 9\), got \(9, 1, 8\)"),
+        (Pooled().eval(), {}, r"token ids \(1, 9\), got \(1, 8\)"),
         (tiny(), {"module": None, "drop": range(50)}, "must have rows"),
         (tiny(), {"module": None, "batches": ()}, "must hold texts"),
     ],
@@ -1732,7 +1856,7 @@ def test_loss_recovered_by_hand():
     ids = torch.randint(2, 50, (6, 11))
     sae = msae.MatryoshkaSAE(32, 64, (16, 64))
     ids[:, 0] = 1
-    figures = msae.loss_recovered(model, model.torso[1], sae, ids.split(4), drop=(1,))
+    figures = msae.loss_recovered(model, model.torso[1], sae, ids.split(4), "input", (1,))
 
     def loss(change):
         x = model.torso[0](model.embed(ids) + model.pos_embed[:, :11])
@@ -1750,10 +1874,77 @@ def test_loss_recovered_by_hand():
         *(level["spliced"] for level in figures["prefixes"]),
     ]
     assert found == pytest.approx([clean, zeroed, short, full], rel=1e-5)
-    assert figures["tokens"] == 60
+    assert figures["tokens"] == figures["rows"] == 60
+    assert figures["uncovered"] == 0
+    assert figures["all_coded"]["spliced"] == pytest.approx(full, rel=1e-5)
     assert figures["prefixes"][0]["recovered"] == pytest.approx(
         (zeroed - short) / (zeroed - clean), rel=1e-3
     )
+
+
+@torch.no_grad()
+def test_loss_recovered_leaves_rows_that_are_not_covered_as_they_are():
+    model = tiny()
+    ids = torch.randint(2, 50, (6, 11))
+    sae = msae.MatryoshkaSAE(32, 64)
+    with msae.activation_hook(model.torso[1]) as captured:
+        clean = model(ids)
+    rows = captured[0]
+    distances = (rows - 0.1).norm(dim=2)
+    sae.centre.fill_(0.1)
+    sae.radius.fill_(distances.median())
+    is_covered = distances <= distances.median()
+    assert torch.equal(sae.covers(rows), is_covered)
+    figures = msae.loss_recovered(model, model.torso[1], sae, ids.split(4))
+    assert figures["uncovered"] == int((~is_covered).sum()) > 0
+
+    def loss(stream):
+        logits = model.lm_head(model.torso[2](stream))[:, :-1]
+        return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()))
+
+    spliced = torch.where(is_covered[:, :, None], sae(rows), rows)
+    assert figures["clean"] == pytest.approx(loss(rows), rel=1e-5)
+    assert figures["prefixes"][-1]["spliced"] == pytest.approx(loss(spliced), rel=1e-5)
+    assert figures["all_coded"]["spliced"] == pytest.approx(loss(sae(rows)), rel=1e-5)
+    with msae.activation_hook(model.torso[1], replace=sae.splice):
+        assert not torch.allclose(model(ids), clean)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_loss_recovered_of_padded_texts_is_that_of_each_text_alone(side):
+    model = Counted().eval()
+    logits = torch.nn.Linear(2, 12)
+    sae = msae.MatryoshkaSAE(2, 4)
+    body = model.forward
+    model.forward = lambda input_ids, attention_mask=None, position_ids=None: logits(
+        body(input_ids, attention_mask, position_ids) / 10
+    )
+    total = n_tokens = 0
+    for text in TEXTS:
+        alone = msae.loss_recovered(model, model.block, sae, [torch.tensor([text])])
+        total += alone["clean"] * alone["tokens"]
+        n_tokens += alone["tokens"]
+    figures = msae.loss_recovered(model, model.block, sae, [padded(side)], drop=(0,))
+    assert figures["tokens"] == n_tokens == 6
+    assert figures["clean"] == pytest.approx(total / 6, rel=1e-5)
+
+
+def test_a_checkpoint_knows_which_rows_it_covers(tmp_path):
+    rows = torch.randn(4000, 8, generator=torch.Generator().manual_seed(0))
+    rows[::200] *= 300
+    cfg = msae.TrainConfig(n_latents=16, k=3, steps=2, batch_size=64)
+    with pytest.warns(UserWarning, match="left out"):
+        source = msae.Rows(rows)
+    sae = msae.train(source, cfg, out=tmp_path / "run")
+    assert torch.equal(sae.covers(rows), source.is_near(rows))
+    assert 0 < int((~sae.covers(rows)).sum()) <= 20
+    loaded = msae.MatryoshkaSAE.load(tmp_path / "run")
+    assert torch.equal(loaded.centre, sae.centre)
+    assert torch.equal(loaded.splice(rows), sae.splice(rows))
+    assert torch.equal(sae.splice(rows)[~sae.covers(rows)], rows[~sae.covers(rows)])
+    (tmp_path / "run" / msae.LIMIT).unlink()  # as of SAELens
+    assert msae.MatryoshkaSAE.load(tmp_path / "run").covers(1e9 * rows).all()
 
 
 # ------------------------------------------------------------------------------------- command line
