@@ -112,6 +112,11 @@ with_model = option(
     "--model", "model_path", default="tiny_model.pt", help="A file, or a published name."
 )
 with_max_norm = option("--max-norm", type=click.FloatRange(1), default=10, help="As for train.")
+with_mask = option(
+    "--mask",
+    type=EXISTING_FILE,
+    help="A .npy of booleans, one a row: which rows of --acts to take.",
+)
 
 
 class Commands(click.Group):
@@ -250,7 +255,7 @@ def label_rows(
 
     A label with less than 10 rows with it, or without it, is left out: its probe would be noise.
     """
-    labels, values = read_labels(path, len(rows))
+    labels, values = read_labels(path, rows.n_source)
     sample = rows.random_blocks(max_rows, seed=0)
     x = sample.read_all()
     is_near = sample.is_near(x)
@@ -480,6 +485,7 @@ def training_progress(label: str, n_steps: int) -> Iterator[Callable[[dict], Non
 
 @main.command(epilog="Example: python cli.py train --acts shards/ --latents 3072 --pareto 10")
 @option("--acts", help="A .npy, (rows, D) or (docs, positions, D), or a folder.")
+@with_mask
 @option("--tokens", help="In place of --acts: texts, as for harvest, of which --model makes rows.")
 @with_model
 @with_layer
@@ -502,6 +508,7 @@ def training_progress(label: str, n_steps: int) -> Iterator[Callable[[dict], Non
 @option("--config", type=EXISTING_FILE, help="JSON of any TrainConfig fields; options override it.")
 def train(
     acts: str | None,
+    mask: Path | None,
     tokens: str | None,
     model_path: str,
     layer: int,
@@ -526,12 +533,14 @@ def train(
     """
     if (acts is None) == (tokens is None):
         raise click.UsageError("Missing option '--acts', rows, or '--tokens', texts: one of them.")
+    if mask is not None and acts is None:
+        raise click.UsageError("--mask is about the rows of --acts, and --tokens was given.")
     cfg = run_config(config, spare, settings)
     is_first = os.environ.get("RANK", "0") == "0"  # of the processes of torchrun
     console.quiet = not is_first
     if acts is not None:
-        source = msae.Rows(acts, cfg.max_norm)
-        metadata = metadata_of_rows(acts)
+        source = msae.Rows(acts, cfg.max_norm, mask)
+        metadata = metadata_of_rows(acts, mask)
     else:
         model = tiny_model(model_path, layer).to(device)
         source = stream(model, layer, tokens, cfg)
@@ -578,14 +587,16 @@ def run_config(path: Path | None, spare: int | None, options: dict) -> msae.Trai
         return msae.TrainConfig(**settings)
 
 
-def metadata_of_rows(acts: str) -> dict:
-    """Where rows are from: their path, and what the JSON file beside them, of harvest, says."""
+def metadata_of_rows(acts: str, mask: Path | None) -> dict:
+    """Where rows are from: their paths, and what the JSON file beside them, of harvest, says."""
     in_folder = sorted(Path(acts).glob("*.npy.json"))
     file = in_folder[0] if in_folder else Path(f"{Path(acts)}.json")
     about = read_json(file) if file.is_file() else {}
     names = ("model_name", "hook_name", "dataset", "base_model")
     metadata = {name: about[name] for name in names if name in about}
     metadata["acts"] = str(Path(acts).resolve())
+    if mask is not None:
+        metadata["mask"] = str(mask.resolve())
     return metadata
 
 
@@ -874,6 +885,7 @@ PROBE_COLUMNS = {
 @with_layer
 @with_device
 @with_max_norm
+@with_mask
 @option("--out", type=NEW_FILE, help="JSON file.  [default: eval-ACTS.json in each folder]")
 def evaluate(
     checkpoints: tuple[str, ...],
@@ -885,10 +897,11 @@ def evaluate(
     layer: int,
     device: torch.device,
     max_norm: float,
+    mask: Path | None,
     out: Path | None,
 ) -> None:
     """Measure checkpoints on rows, prefix by prefix."""
-    rows = msae.Rows(acts, max_norm)
+    rows = msae.Rows(acts, max_norm, mask)
     if labels:
         x, y, label_names = label_rows(labels, rows)
     if tokens:
@@ -1003,6 +1016,7 @@ IDS_HELP = (
     "--latents", "max_latents", type=AtLeast(1), default=4096, help="Of more, the most frequent."
 )
 @with_max_norm
+@with_mask
 @with_device
 @option("--out", type=NEW_FILE, help="A new file.  [default: look.html in the checkpoint's folder]")
 def look(
@@ -1013,6 +1027,7 @@ def look(
     max_rows: int,
     max_latents: int,
     max_norm: float,
+    mask: Path | None,
     device: torch.device,
     out: Path | None,
 ) -> None:
@@ -1023,9 +1038,10 @@ def look(
     sae = msae.MatryoshkaSAE.load(checkpoint).to(device)
     if acts is None:
         acts = rows_of_training(checkpoint, sae)
-    rows = msae.Rows(acts, max_norm)
+        mask = mask or sae.metadata.get("mask")
+    rows = msae.Rows(acts, max_norm, mask)
     check_width(checkpoint, sae, acts, rows)
-    documents, ids = token_ids(ids_path, acts, len(rows))
+    documents, ids = token_ids(ids_path, acts, rows.n_source)
     words = read_vocab(vocab) if vocab else {}
     sample = rows.random_blocks(max_rows, seed=0)
     row_numbers = sample.row_numbers()
@@ -1184,6 +1200,8 @@ def toy(config: Path, seed: int, seeds: int, out: Path) -> None:
     """Show absorption, and its cure, on a tree of features. Files are written after each seed."""
     settings = read_json(config)
     torch.set_num_threads(1)  # 20 x 20 matrices: threads would only wait for each other
+    # rows without any feature are all 0, and no padding
+    warnings.filterwarnings("ignore", message=".*are the same, as padding is")
     results = []
     for toy_seed in range(seed, seed + seeds):
         started = time.perf_counter()
@@ -1472,14 +1490,15 @@ def push(
 
 def files_to_push(folder: Path) -> dict[str, bytes]:
     """{name: content}, without the state of training and without paths of this machine."""
-    names = (msae.WEIGHTS, msae.CONFIG, msae.METRICS)
+    names = (msae.WEIGHTS, msae.CONFIG, msae.LIMIT, msae.METRICS)
     files = {}
     for path in sorted(folder.iterdir()):
         if path.name in names or path.match(EVALS):
             files[path.name] = path.read_bytes()
     cfg = json.loads(files[msae.CONFIG])
     if cfg.get("metadata"):
-        cfg["metadata"].pop("acts", None)
+        for name in ("acts", "mask"):
+            cfg["metadata"].pop(name, None)
     files[msae.CONFIG] = json.dumps(cfg, indent=2).encode()
     files["config.json"] = files[msae.CONFIG]  # by which the Hub counts downloads
     return files

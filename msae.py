@@ -27,6 +27,7 @@ From arXiv: nested loss: Bussmann et al., 2503.17547; BatchTopK: Bussmann et al.
 Gao et al., 2406.04093. From noanabeshima/matryoshka-saes: Pareto prefixes, energy order, the toy.
 """
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -1124,6 +1125,18 @@ def read_part(source: Any) -> Part:
     return Part(name, array.dtype, n_rows, d_model, np.asarray(array).reshape(n_rows, d_model))
 
 
+def read_mask(source: Any, n_rows: int) -> np.ndarray:
+    """Booleans (n_rows,) of an array, a tensor or a ``.npy`` of so many, in any shape."""
+    is_path = isinstance(source, str | os.PathLike)
+    mask = np.asarray(read_npy(source) if is_path else source)
+    found = f"{mask.dtype} {mask.shape}"
+    require(mask.dtype.kind in "biu", "mask must hold booleans, or 0 and 1", found)
+    require(mask.size == n_rows, f"mask must hold {n_rows} values, one a row", found)
+    require(mask.max() <= 1 and mask.min() >= 0, "mask must hold booleans, or 0 and 1", mask.max())
+    require(mask.any(), "mask must take a row", "none")
+    return mask.reshape(-1).astype(bool)
+
+
 def read_npy(path: Path | str) -> np.ndarray:
     """The array in a ``.npy`` file, memory-mapped; ``ValueError`` if damaged or of objects."""
     with reading(path, "a .npy file of numbers"):
@@ -1223,10 +1236,12 @@ class Rows(Source):
     and not finite.
 
     Rows further from the median row than ``max_norm`` times the median distance, by a sample, are
-    left out, unless over 5 % are: a few massive ones ruin an SAE. A warning says so. ``Rows(rows)``
-    is a copy, with the limit that it has."""
+    left out, unless over 5 % are: a few massive ones ruin an SAE. A warning says so. Another tells
+    of rows that are all the same, as padding is. ``mask``: which of all rows to take, booleans (n,)
+    or (docs, positions), or their ``.npy``. ``Rows(rows)`` is a copy, with the limit and the mask
+    that it has."""
 
-    def __init__(self, source: Any, max_norm: float = 10.0):
+    def __init__(self, source: Any, max_norm: float = 10.0, mask: Any = None):
         if isinstance(source, Rows):
             vars(self).update(vars(source))
             return
@@ -1245,11 +1260,14 @@ class Rows(Source):
         self.dtype = np.dtype(np.float16 if is_half else np.float32)  # in memory
         # number of the first row of each part, and of all rows
         self.part_starts = np.cumsum([0, *(part.n_rows for part in self.parts)])
-        n_source = int(self.part_starts[-1])
         row_bytes = self.d_model * self.dtype.itemsize
         # at least 64 blocks, so that a share of few rows can be set aside too
-        self.block = min(BLOCK, max(1, BLOCK_BYTES // row_bytes), math.ceil(n_source / 64))
-        self.blocks = np.arange(math.ceil(n_source / self.block))
+        self.block = min(BLOCK, max(1, BLOCK_BYTES // row_bytes), math.ceil(self.n_source / 64))
+        self.blocks = np.arange(math.ceil(self.n_source / self.block))
+        self.mask = None if mask is None else read_mask(mask, self.n_source)  # (n_source,)
+        if self.mask is not None:
+            n_taken = np.add.reduceat(self.mask, self._bounds()[0], dtype=int)
+            self.blocks = self.blocks[n_taken > 0]
         self.centre = torch.zeros(self.d_model, dtype=torch.float32)
         self.radius = math.inf
         self._leave_out(max_norm)
@@ -1257,6 +1275,14 @@ class Rows(Source):
     def _leave_out(self, max_norm: float):
         """Set centre and radius of the rows that count, from a sample; warn of those beyond."""
         sample = self.sample(seed=0)
+        counts = collections.Counter(row.tobytes() for row in sample.numpy())
+        share = max(counts.values()) / len(sample)
+        if len(counts) > 1 and share > 0.01:
+            warnings.warn(
+                f"{share:.2%} of {len(sample):,} sampled rows are the same, as padding is: a mask "
+                "leaves them out",
+                stacklevel=3,
+            )
         centre = sample.median(dim=0).values
         distances = (sample - centre).norm(dim=1)
         median = float(distances.median())
@@ -1282,6 +1308,8 @@ class Rows(Source):
         return starts, np.minimum(starts + self.block, self.part_starts[-1])
 
     def __len__(self) -> int:
+        if self.mask is not None:
+            return len(self.row_numbers())
         starts, stops = self._bounds()
         return int((stops - starts).sum())
 
@@ -1289,10 +1317,16 @@ class Rows(Source):
     def n_rows(self) -> int:
         return len(self)
 
+    @property
+    def n_source(self) -> int:
+        """Rows of the whole source."""
+        return int(self.part_starts[-1])
+
     def row_numbers(self) -> np.ndarray:
         """Where in the whole source these rows lie: (n,), rising."""
         starts, stops = self._bounds()
-        return np.concatenate([np.arange(a, b) for a, b in zip(starts, stops, strict=True)])
+        numbers = np.concatenate([np.arange(a, b) for a, b in zip(starts, stops, strict=True)])
+        return numbers if self.mask is None else numbers[self.mask[numbers]]
 
     def keep(self, places: Sequence[int]) -> "Rows":
         """The rows of the blocks at these places among its blocks, in order."""
@@ -1344,7 +1378,8 @@ class Rows(Source):
         while start < stop:
             first = int(self.part_starts[number])
             end = min(stop, int(self.part_starts[number + 1]))
-            yield self.parts[number].read(start - first, end - first)
+            rows = self.parts[number].read(start - first, end - first)
+            yield rows if self.mask is None else rows[self.mask[start:end]]
             start = end
             number += 1
 

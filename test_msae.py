@@ -1221,6 +1221,7 @@ def test_true_dictionary_is_clean_and_absorption_is_seen():
     assert [pair["rate"] for pair in msae.toy_figures(sae, tree, seed=0)["absorption"]] == [1, 0]
 
 
+@pytest.mark.filterwarnings("ignore:.*as padding is")
 def test_matryoshka_recovers_every_toy_feature_and_their_tree_and_vanilla_absorbs(tmp_path):
     tree, configs = cli.toy_setup(0, **toy_settings(steps=1500, k_anneal_steps=750))
     saes = [msae.train(tree.sample(300_000, seed=0), cfg) for cfg in configs.values()]
@@ -1928,6 +1929,88 @@ def test_loss_recovered_of_padded_texts_is_that_of_each_text_alone(side):
     figures = msae.loss_recovered(model, model.block, sae, [padded(side)], drop=(0,))
     assert figures["tokens"] == n_tokens == 6
     assert figures["clean"] == pytest.approx(total / 6, rel=1e-5)
+
+
+def padded_rows():
+    """(docs, positions, D) of which three quarters are padding, the mask, and the rows alone."""
+    rows = torch.randn(300, 20, 8, generator=torch.Generator().manual_seed(0)).numpy()
+    lengths = np.random.default_rng(0).integers(1, 10, 300)
+    mask = np.arange(20) < lengths[:, None]
+    rows[~mask] = 0
+    return rows, mask, rows[mask]
+
+
+def test_a_mask_takes_its_rows_and_no_others(tmp_path):
+    rows, mask, alone = padded_rows()
+    np.save(tmp_path / "mask.npy", mask)
+    with pytest.warns(
+        UserWarning, match=r"7\d.\d\d% of 6,000 sampled rows are the same, as padding"
+    ):
+        msae.Rows(rows)
+    masked = msae.Rows(rows, mask=tmp_path / "mask.npy")
+    assert len(masked) == masked.n_rows == len(alone)
+    assert np.array_equal(masked.read(), alone)
+    assert np.array_equal(masked.row_numbers(), np.flatnonzero(mask))
+    train, held_out = masked.split_off(0.2)
+    numbers = np.concatenate([train.row_numbers(), held_out.row_numbers()])
+    assert np.array_equal(np.sort(numbers), np.flatnonzero(mask))
+    n_batches = len(train) // 16
+    epoch = torch.cat(list(train.batches(16, end=n_batches)))
+    wanted = {row.tobytes() for row in train.read().numpy()}
+    found = [row.tobytes() for row in epoch.numpy()]
+    assert set(found) <= wanted
+    assert len(set(found)) == len(found) == 16 * n_batches > len(wanted) - 16
+
+
+@pytest.mark.filterwarnings("ignore:.*as padding is")
+def test_figures_of_masked_rows_are_those_of_the_rows_alone():
+    rows, mask, alone = padded_rows()
+    sae = msae.MatryoshkaSAE(8, 32)
+    masked = msae.evaluate(sae, msae.Rows(rows, mask=torch.from_numpy(mask)))
+    expected = msae.evaluate(sae, alone)
+    assert masked["rows"] == expected["rows"] == len(alone)
+    assert masked["fvu"] == pytest.approx(expected["fvu"], rel=1e-6)
+    assert masked["l0"] == expected["l0"]
+    assert msae.evaluate(sae, msae.Rows(rows, mask=np.ones(6000, int)))["rows"] == 6000
+
+
+@pytest.mark.parametrize(
+    "mask, names",
+    [
+        (np.ones(5999, bool), r"6000 values, one a row, got bool \(5999,\)"),
+        (np.ones(6000), "booleans, or 0 and 1, got float64"),
+        (np.full(6000, 7), "booleans, or 0 and 1, got 7"),
+        (np.zeros((300, 20), bool), "take a row, got none"),
+    ],
+)
+def test_a_mask_that_does_not_fit_is_refused(mask, names):
+    with pytest.raises(ValueError, match=names):
+        msae.Rows(padded_rows()[0], mask=mask)
+
+
+def test_train_eval_and_look_take_a_mask(here):
+    rows, mask, alone = padded_rows()
+    np.save("acts.npy", rows)
+    np.save("mask.npy", mask)
+    np.save("alone.npy", alone)
+    np.save("ids.npy", np.arange(6000).reshape(300, 20))
+    np.save("labels.npy", np.arange(6000) % 2)
+    quick = ["--latents", 16, "--k", 3, "--steps", 5, "--batch-size", 64]
+    run("train", "--acts", "acts.npy", "--mask", "mask.npy", *quick, "--out", "masked")
+    output = run(
+        "eval", "masked", "--acts", "acts.npy", "--mask", "mask.npy", "--labels", "labels.npy"
+    )
+    run("eval", "masked", "--acts", "alone.npy")
+    assert "padding" not in output
+    masked, expected = (
+        json.loads(Path(f"masked/eval-{n}.json").read_text()) for n in ("acts", "alone")
+    )
+    assert masked["fvu"] == pytest.approx(expected["fvu"], rel=1e-6)
+    assert masked["labels"]["rows"] == len(alone)
+    run("look", "masked", "--ids", "ids.npy")  # on the rows of training, with their mask
+    shown = page_data("masked/look.html")
+    assert shown["tokens"] == [str(number) for number in np.flatnonzero(mask)]
+    assert "mask.npy" not in cli.files_to_push(Path("masked"))["cfg.json"].decode()
 
 
 def test_a_checkpoint_knows_which_rows_it_covers(tmp_path):
