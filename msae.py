@@ -2374,9 +2374,9 @@ def position_ids(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tenso
     mask = inputs.get("attention_mask")
     if mask is None or mask[:, 0].all() or "position_ids" in inputs:
         return {}
-    takes = list(inspect.signature(model.forward).parameters)
+    takes = inspect.signature(model.forward).parameters
     rule = f"{type(model).__name__} must take position_ids, or texts be padded on the right"
-    require("position_ids" in takes, rule, takes)
+    require("position_ids" in takes, rule, "padding on the left")
     return {"position_ids": (mask.cumsum(dim=1) - 1).clamp_min(0)}
 
 
