@@ -2828,16 +2828,24 @@ def close_to(theirs, ours, x, tolerance=1e-6):
         torch.testing.assert_close(a.detach(), b.detach(), rtol=tolerance, atol=tolerance)
 
 
-def snippets_of(path, language="python"):
-    return re.findall(rf"```{language}\n(.*?)```", (HERE / path).read_text(), re.DOTALL)
+def snippets_of(text):
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+
+
+def readme_parts():
+    """(The README without what needs a real language model, and that section)."""
+    before, heading, rest = (HERE / "README.md").read_text().partition("## A real language model\n")
+    section, next_heading, after = rest.partition("\n## ")
+    assert heading and next_heading
+    return before + next_heading + after, section
 
 
 def test_readme_snippets_run_in_order(hub):
     np.save("acts.npy", rows(5000, 64).astype(np.float16))
-    snippets = snippets_of("README.md")
+    snippets = snippets_of(readme_parts()[0])
     assert len(snippets) == 7
     names = {}
-    for snippet in [*snippets, *snippets_of("docs/details.md")]:
+    for snippet in [*snippets, *snippets_of((HERE / "docs/details.md").read_text())]:
         if "sae_lens" in snippet and not importlib.util.find_spec("sae_lens"):
             continue
         exec(snippet, names)
@@ -2858,6 +2866,25 @@ def test_readme_snippets_run_in_order(hub):
         theirs = loading.load_dictionary("runs/theirs", "cpu")[0]
         close_to(theirs, msae.MatryoshkaSAE.load("runs/mine"), x)
         assert theirs.group_sizes.tolist() == [32, 32, 64, 128, 256]
+
+
+@pytest.mark.skipif("MSAE_SMOLLM" not in os.environ, reason="opt-in: set MSAE_SMOLLM=1")
+def test_readme_real_language_model_runs(here):
+    words = "The elephant would rather sleep , and 3 others were slowly eating grass . ".split()
+    Path("prose.txt").write_text(" ".join(random.Random(0).choices(words, k=120_000)))
+    names = {}
+    shorter = {
+        "steps=1000": "steps=4",
+        "[400:2000])": "[40:140]), n_held_out=2000",
+        "[:400]": "[:30]",
+        "[:32]": "[:2]",
+    }
+    for snippet in snippets_of(readme_parts()[1]):
+        for long, short in shorter.items():
+            snippet = snippet.replace(long, short)
+        exec(snippet, names)
+    run("eval", "runs/smol", "runs/smol-vanilla", "--acts", "held.npy", "--labels", "labels.npy")
+    run("look", "runs/smol", "--acts", "held.npy", "--vocab", "smollm/tokenizer.json")
 
 
 def test_saelens_opens_every_checkpoint_and_the_hub(hub):
