@@ -2175,24 +2175,91 @@ def test_the_page_shows_tokens_in_their_text_as_text(here):
     assert len(first["others"]) >= min(8, len(others))
 
 
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False}
+SPLIT = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious"}
+
+
+def tokenizer_json(tokens, decoder, pre_tokenizer=None):
+    return {
+        "model": {"vocab": {token: id for id, token in enumerate(tokens)}},
+        "decoder": decoder,
+        "pre_tokenizer": pre_tokenizer,
+    }
+
+
 @pytest.mark.parametrize(
     "content, texts",
     [
-        (["a", "Ġb"], {0: "a", 1: " b"}),
-        ({"▁x": 5, "": 7}, {5: " x", 7: "∅"}),
-        ([["▁u", -1]], {0: " u"}),
+        (["a", "Ġb"], ["a", " b"]),  # no decoder is said: half of the tokens start with Ġ
+        (["Ġ"] + ["▁für", "é"] * 99, ["Ġ"] + [" für", "é"] * 99),  # Gemma's: one is Maltese
+        (["Ġġ"] + ["café", "è"] * 9, ["Ġġ"] + ["café", "è"] * 9),  # words of Latin letters
+        (["ĠÃ©", "x"] * 99 + ["<|▁|>"], [" é", "x"] * 99 + ["<|▁|>"]),  # a special token
+        ({"▁x": 1, "": 0}, ["∅", " x"]),
+        ([["▁u", -1]], [" u"]),
+        (  # GPT-2, SmolLM2; tokens without Ġ tell nothing
+            tokenizer_json(["Ã©", "Ċ"], BYTE_LEVEL, BYTE_LEVEL),
+            ["é", "⏎"],
+        ),
+        (  # Llama 3, Qwen
+            tokenizer_json(
+                ["Ã©"], None, {"type": "Sequence", "pretokenizers": [SPLIT, BYTE_LEVEL]}
+            ),
+            ["é"],
+        ),
+        (tokenizer_json(["Ã©"], {"type": "Sequence", "decoders": [BYTE_LEVEL]}), ["é"]),
+        (  # Gemma, Llama 2
+            tokenizer_json(
+                ["Ġa", "▁für", "<0x0A>", "▁▁", "Ã©"],
+                {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]},
+                SPLIT,
+            ),
+            ["Ġa", " für", "⏎", "  ", "Ã©"],
+        ),
+        (  # a pattern that reads like a type
+            tokenizer_json(
+                ["Ġa"], {"type": "Replace", "content": '"type": "ByteLevel"', "pattern": {}}
+            ),
+            ["Ġa"],
+        ),
         (
             {
                 "model": {"vocab": {"ĠÃ©": 1, "Ċ": 0}},
                 "added_tokens": [{"id": 2, "content": "<|é|>"}],
             },
-            {1: " é", 0: "⏎", 2: "<|é|>"},
+            ["⏎", " é", "<|é|>"],
         ),
     ],
 )
-def test_vocabularies_and_ids_of_every_kind(tmp_path, content, texts):
+def test_a_vocabulary_is_read_as_its_tokenizer_writes_it(tmp_path, content, texts):
     msae.write(tmp_path / "vocab.json", content)
-    assert cli.read_vocab(tmp_path / "vocab.json") == texts
+    vocabulary = cli.read_vocab(tmp_path / "vocab.json")
+    assert [cli.token_texts([vocabulary[id]]) for id in sorted(vocabulary)] == [[t] for t in texts]
+
+
+# "日" is three bytes, "😀" four
+@pytest.mark.parametrize(
+    "contents, texts",
+    [
+        ([b"the", b" cat", b"\n", b""], ["the", " cat", "⏎", "∅"]),
+        ([b" \xe6", b"\x97", b"\xa5\xe6", b"\x9c\xac"], [" ◌", "◌", "日◌", "本"]),
+        ([b"\xf0\x9f", b"\x98\x80!"], ["◌", "😀!"]),
+        ([b"\xf0", b" the", b"\x80"], ["◌", " the", "◌"]),  # parts of no character
+        ([b"\xe6\x97"], ["◌◌"]),
+        ([b"\xed\xa0\x80", "\u0000◌".encode()], ["◌◌◌", "\\u0000◌"]),  # half a surrogate pair
+    ],
+)
+def test_a_character_cut_into_tokens_is_shown_by_the_last_of_them(contents, texts):
+    assert cli.token_texts(contents) == texts
+
+
+def test_a_character_is_not_joined_from_tokens_of_two_texts():
+    vocabulary = {0: b"\xc3", 1: b"\xa9"}
+    ids = np.array([0, 1, 0, 1, 7])
+    tokens = cli.tokens_of_rows(ids, np.array([0, 0, 0, 1, 1]), vocabulary)
+    assert tokens == ["◌", "é", "◌", "◌", "7"]
+
+
+def test_vocabularies_and_ids_of_every_kind(tmp_path):
     for shape, document in (((3, 4), 1), (12, 0)):
         np.save(tmp_path / "ids.npy", np.arange(12, dtype=np.uint64).reshape(shape) + 2**63)
         assert [n[5] for n in cli.token_ids(tmp_path / "ids.npy", tmp_path, 12)] == [
