@@ -1024,8 +1024,8 @@ def show_probes(results: dict[str, dict]) -> None:
 # A checkpoint and rows to a page: look.html draws the data that is put into it here.
 
 DATA_START = '<script id="data" type="application/json">'
-N_BEFORE = 10  # rows of its text that the page shows before a row
-N_AFTER = 5  # and after it
+N_BEFORE = 40  # rows of its text before a row; the page shows 10 of them at first
+N_AFTER = 20  # and after it; 5 at first
 IDS_HELP = (
     "A .npy of token ids: (rows,), (docs, positions), or (rows, 2) with the number of the document "
     "before each.  [default: X.ids.npy beside X.npy]"
@@ -1132,18 +1132,16 @@ def write_page(
     with progress("look  latent", len(shown)) as show:
         for figures, row_index, acts in msae.latent_figures(sae, rows.codes, shown):
             act_of_row = dict(zip(row_index.tolist(), acts.tolist(), strict=True))
-            for kind in ("largest", "random"):
+            for kind in ("largest", "fifths"):
                 figures[kind] = [context(rows, row, figures, act_of_row) for row in figures[kind]]
             latents.append(figures)
             show(len(latents))
-    is_far = rows.codes.is_far
-    about = (
-        f"{len(is_far):,} rows, {is_far.sum():,} too far out; "
-        f"the {len(shown):,} most frequent of {len(sae.b_enc):,} latents"
-    )
+    is_on = np.isin(np.arange(len(sae.b_enc)), rows.codes.latent)
     data = {
-        "about": about,
+        "rows": len(rows.codes.is_far),
+        "far": int(rows.codes.is_far.sum()),
         "ends": list(sae.prefixes),
+        "silent": [int(np.sum(~level)) for level in np.split(is_on, sae.prefixes[:-1])],
         "latents": latents,
         "tokens": rows.tokens,
         **more,
@@ -1165,8 +1163,9 @@ def most_frequent(sae: msae.MatryoshkaSAE, codes: msae.SparseCodes, max_latents:
 
 def context(rows: PageRows, row: int, figures: dict, act_of_row: dict[int, float]) -> dict:
     """A row where a latent is on, with the activations of that latent around it in its text."""
-    window = range(max(0, row - N_BEFORE), min(len(rows.text_numbers), row + N_AFTER + 1))
-    neighbours = [i for i in window if rows.text_numbers[i] == rows.text_numbers[row]]
+    start = max(0, row - N_BEFORE)
+    in_text = rows.text_numbers[start : row + N_AFTER + 1] == rows.text_numbers[row]
+    neighbours = (start + np.flatnonzero(in_text)).tolist()
     shades = [round(35 * act_of_row.get(i, 0) / figures["max"]) for i in neighbours]
     entry = {
         "row": int(rows.row_numbers[row]),

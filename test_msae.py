@@ -2065,7 +2065,7 @@ def page_data(path):
     data, script = page.scripts
     assert not page.stack
     assert "<" not in data
-    assert len(script.splitlines()) < 260
+    assert len(script.splitlines()) < 380
     return json.loads(data)
 
 
@@ -2118,14 +2118,32 @@ def test_the_figures_of_latents_and_their_tree_equal_a_naive_loop():
     )
     for figures, at, acts in msae.latent_figures(sae, sparse, [0, *range(3, 12)]):
         a = codes[:, figures["latent"]]
-        random = figures.pop("random")
+        fifths = figures.pop("fifths")
         assert np.array_equal(at, a.nonzero()[0])
         assert np.array_equal(acts, a[a > 0])
-        assert set(random) <= set(at)
-        assert len(set(random)) == len(random) == min(5, len(at))
+        borders = np.linspace(a[a > 0].min(initial=a.max()), a.max(), 6)
+        fifth_of = [int(np.searchsorted(borders[1:5], a[row], side="right")) for row in fifths]
+        filled = np.histogram(a[a > 0], borders)[0] if len(at) > 1 else [len(at)]
+        assert fifth_of == [n for n in (4, 3, 2, 1, 0) if len(at) and filled[n]]
         assert figures == naive_figures(codes, sae.prefixes, cosine, figures["latent"])
         parents[figures["latent"]] = figures["parent"] and figures["parent"][0]
     assert [parents[i] for i in (0, 5, 6, 9, 11)] == [None, 1, None, 5, None]
+
+
+def test_of_each_fifth_of_a_latents_range_that_holds_rows_there_is_one_the_largest_first():
+    sae = msae.MatryoshkaSAE(1, 1, (1,))
+    sae.W_enc.data = torch.ones(1, 1)
+    # from 2 to 12: fifths end at 4, 6, 8, 10; none is from 6 to 8
+    acts = torch.tensor([[0.0], [12], [3.5], [2], [4.5], [9], [5.9], [0], [9.9], [3]])
+    by_fifth = [{1}, {5, 8}, {4, 6}, {2, 3, 9}]
+    drawn = []
+    for seed in range(40):
+        codes = msae.sparse_codes(sae, acts)
+        ((figures, _, _),) = msae.latent_figures(sae, codes, [0], seed)
+        drawn.append(figures["fifths"])
+    assert [set(rows) for rows in zip(*drawn)] == by_fifth
+    ((figures, _, _),) = msae.latent_figures(sae, msae.sparse_codes(sae, torch.ones(3, 1)), [0])
+    assert len(figures["fifths"]) == 1  # all are as large
 
 
 def test_the_page_shows_tokens_in_their_text_as_text(here):
@@ -2148,14 +2166,17 @@ def test_the_page_shows_tokens_in_their_text_as_text(here):
     codes = msae.MatryoshkaSAE.load("run").encode(x).detach().numpy()
     assert [each["latent"] for each in data["latents"]] == [*range(32)]
     assert data["ends"] == [2, 4, 8, 16, 32]
+    assert (data["rows"], data["far"]) == (3000, 0)
+    is_silent = ~(codes > 0).any(axis=0)
+    assert data["silent"] == [part.sum() for part in np.split(is_silent, [2, 4, 8, 16])]
     for figures, acts in zip(data["latents"], codes.T):
         assert figures["share"] == pytest.approx(np.mean(acts > 0), rel=1e-3)
-        for context in figures["largest"] + figures["random"]:
+        for context in figures["largest"] + figures["fifths"]:
             # of a text of 30 rows
             row = context["row"]
             start = context["row"] // 30 * 30
-            first = max(start, row - 10)
-            end = min(start + 30, row + 6)
+            first = max(start, row - 40)
+            end = min(start + 30, row + 21)
             assert (context["from"], context["at"]) == (first, row - first)
             shades = [int(c, 36) for c in context["shades"]]
             assert shades == pytest.approx(35 * acts[first:end] / acts.max(), abs=0.51)
@@ -2167,7 +2188,7 @@ def test_the_page_shows_tokens_in_their_text_as_text(here):
     )  # the newest checkpoint, without tokens
     data = page_data("runs/mine/look.html")
     assert len(data["latents"]) == 9
-    assert data["about"].startswith("470 rows")
+    assert (data["rows"], data["far"]) == (470, 0)
     assert not data["tokens"]
     first = data["latents"][0]["largest"][0]
     others = np.setdiff1d(np.flatnonzero(codes[first["row"]]), data["latents"][0]["latent"])
@@ -2312,20 +2333,58 @@ def browser(tmp_path):
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
 
-@pytest.mark.skipif(not CHROMIUM, reason="needs Chromium")
-def test_in_a_browser_links_lead_on_tokens_are_found_and_foreign_text_does_nothing(here, browser):
-    def js(script):
-        found = browser("Runtime.evaluate", expression=script, awaitPromise=True)
+class OpenPage:
+    """A page that is open in the browser, and what a reader does there."""
+
+    def __init__(self, browser, path, address, title):
+        self.browser = browser
+        browser("Page.navigate", url=Path(path).resolve().as_uri() + address)
+        end = time.monotonic() + 60
+        while self.js("document.readyState + document.querySelector('h2')?.textContent") != (
+            f"complete{title}"
+        ):
+            assert time.monotonic() < end
+
+    def js(self, script):
+        found = self.browser(
+            "Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True
+        )
         assert "exceptionDetails" not in found, found
         return found.get("result", {}).get("value")
 
-    def click(where):  # on a link; what is then shown
-        return js(
+    def texts(self, where):
+        return self.js(f"[...document.querySelectorAll('{where}')].map(it => it.textContent)")
+
+    def title_after(self, script):  # which leads to another latent
+        return self.js(
             "new Promise(done => {"
             "onhashchange = () => done(document.querySelector('h2').innerText); "
-            f"document.querySelector('{where}').click() }})"
+            f"{script} }})"
         )
 
+    def click(self, where):
+        return self.title_after(f"document.querySelector('{where}').click()")
+
+    def go(self, address):
+        return self.title_after(f"location.hash = '{address}'")
+
+    def search(self, text):  # the lines that are found
+        self.js(
+            f"document.querySelector('#find').value = '{text}'; "
+            "document.querySelector('#find').dispatchEvent(new Event('input', {bubbles: true}))"
+        )
+        return self.texts("nav > details > details > summary .text")
+
+    def press_enter(self):
+        event = "new KeyboardEvent('keydown', {key: 'Enter', bubbles: true})"
+        return self.title_after(f"document.querySelector('#find').dispatchEvent({event})")
+
+
+needs_chromium = pytest.mark.skipif(not CHROMIUM, reason="needs Chromium")
+
+
+@needs_chromium
+def test_in_a_browser_links_lead_on_tokens_are_found_and_foreign_text_does_nothing(here, browser):
     tree = msae.FeatureTree(toy_settings()["tree"])
     sae = msae.MatryoshkaSAE(20, 20, (3, 20))
     order = sorted(
@@ -2339,30 +2398,94 @@ def test_in_a_browser_links_lead_on_tokens_are_found_and_foreign_text_does_nothi
     run("look", "tree", "--acts", "tree.npy", "--vocab", "vocab.json")
     for domain in ("Runtime", "Log", "Page"):
         browser(f"{domain}.enable")
-    browser("Page.navigate", url=Path("tree/look.html").resolve().as_uri() + "#latent-17")
-    end = time.monotonic() + 60
-    while (
-        js("document.readyState + document.querySelector('h2')?.textContent") != "completeLatent 17"
-    ):
-        assert time.monotonic() < end
-    number = int(click("nav > details > details a").split()[1])
+    page = OpenPage(browser, "tree/look.html", "#latent-17", "Latent 17")
+    number = int(page.click("nav > details > details a").split()[1])
     beside = ".relations .line"
-    assert number < 3 <= int(click(beside).split()[1])  # its child
-    assert click(beside) == f"Latent {number}"  # whose parent it is
-    found = js(
-        "const box = document.querySelector('#find'); box.value = 'CAT'; "
-        "box.dispatchEvent(new Event('input', {bubbles: true})); "
-        "[...document.querySelectorAll('nav .line')].map(a => a.textContent).join('|')"
-    )
+    assert number < 3 <= int(page.click(beside).split()[1])  # its child
+    assert page.click(beside) == f"Latent {number}"  # whose parent it is
+    found = page.search("CAT")
     assert found
-    assert all(" Cat" in line for line in found.split("|"))
-    assert js("document.querySelectorAll('img, script').length") == 2
+    assert all(" Cat" in line for line in found)
+    assert page.js("document.querySelectorAll('img, script').length") == 2
+    page.go("#")
+    assert page.js("document.querySelectorAll('img, script').length") == 2
     assert not {
         "Runtime.exceptionThrown",
         "Runtime.consoleAPICalled",
         "Log.entryAdded",
         "Page.javascriptDialogOpening",
     } & {*browser.events}
+
+
+@pytest.fixture
+def small_page(tmp_path, browser):
+    """Latents 0, 1, 4 and 5 of 8 on 100 rows of one text, open in the browser."""
+    tokens = [f" w{row}" for row in range(100)]
+    words = {10: " cat", 20: " dog", 30: " dog", 35: "cat", 50: " odd", 52: " riv", 53: "er"}
+    words[70] = " cat"
+    for row, word in words.items():
+        tokens[row] = word
+    codes = np.zeros((100, 8))
+    # row 50 is far larger than the others, as one row of a real model was for 28 latents of 1,024
+    codes[[50, 10, 20, 30, 35, 70], 0] = 9, 3, 2.9, 2.8, 2.7, 1
+    codes[[20, 50], 1] = 2, 1
+    codes[[10, 70], 4] = 1.5, 0.5
+    codes[[20, 50], 5] = 1.9, 0.9  # below 1
+    row, latent = codes.nonzero()
+    starts = np.append(0, np.bincount(row, minlength=100).cumsum())
+    is_far = np.arange(100) == 99
+    sparse = msae.SparseCodes(starts, latent, codes[row, latent], is_far)
+    rows = cli.PageRows(sparse, np.arange(100), np.zeros(100), tokens)
+    sae = msae.MatryoshkaSAE(8, 8, (4, 8))
+    cli.write_page(tmp_path / "look.html", sae, rows, max_latents=4, title="Small")
+    return OpenPage(browser, tmp_path / "look.html", "", "Small")
+
+
+@needs_chromium
+def test_in_the_tree_a_latent_is_known_by_the_most_frequent_tokens_of_its_contexts(small_page):
+    names = dict(zip(small_page.texts("nav .number"), small_page.texts("nav .text")))
+    assert names == {
+        "0": "cat · dog · odd",
+        "1": "dog · odd",  # as frequent: the larger activation
+        "5": "dog · odd",
+        "4": "cat w8 w9 cat w11 w12 w13",  # a token alone, and the text around it
+    }
+
+
+@needs_chromium
+def test_search_finds_words_anywhere_in_the_contexts_and_enter_opens_the_first(small_page):
+    around = " odd w51 river w54 w55"
+    assert small_page.search("River") == [around] * 3  # of 0, 1 and 5
+    assert small_page.press_enter() == "Latent 0"
+    assert small_page.search("w59") == []  # beyond what the contexts show
+    assert len(small_page.search("1")) > 1
+    assert small_page.press_enter() == "Latent 1"
+
+
+@needs_chromium
+def test_a_click_shows_more_of_the_text(small_page):
+    small_page.go("#latent-0")
+    first = ".contexts section:first-of-type p:first-of-type bdi"
+    assert len(small_page.texts(first)) == 10 + 1 + 5
+    small_page.js("document.querySelector('.contexts button').click()")
+    assert len(small_page.texts(first)) == 40 + 1 + 20
+    assert small_page.texts(first)[40] == " odd"
+    shades = small_page.js(
+        f"[...document.querySelectorAll('{first}')].map(word => "
+        "Math.round(90 * word.style.getPropertyValue('--strength')) / 10)"
+    )
+    assert [round(shade) for shade in shades if shade] == [3, 3, 3, 3, 9, 1]
+
+
+@needs_chromium
+def test_the_first_page_has_figures_and_says_which_latents_there_are(small_page):
+    assert small_page.texts("td") == ["4", "4", "2", "2", "0", "8", "4", "2", "2", "1"]
+    assert (
+        "4 of 8 latents are shown; 50% of all are never on. 100 rows, of which 1"
+        in (small_page.texts("main")[0])
+    )
+    assert small_page.go("#latent-9999") == "There is no latent 9999"
+    assert small_page.go("#latent-2") == "Latent 2 is not on this page"
 
 
 # --------------------------------------------------------------------------- the Hub and neighbours
