@@ -2065,7 +2065,7 @@ def page_data(path):
     data, script = page.scripts
     assert not page.stack
     assert "<" not in data
-    assert len(script.splitlines()) < 380
+    assert len(script.splitlines()) < 360
     return json.loads(data)
 
 
@@ -2457,6 +2457,8 @@ def test_search_finds_words_anywhere_in_the_contexts_and_enter_opens_the_first(s
     around = " odd w51 river w54 w55"
     assert small_page.search("River") == [around] * 3  # of 0, 1 and 5
     assert small_page.press_enter() == "Latent 0"
+    assert small_page.search("dog") == [" w18 w19 dog w21 w22 w23"] * 3
+    assert small_page.texts("nav > details > details > summary .number") == ["1", "0", "5"]
     assert small_page.search("w59") == []  # beyond what the contexts show
     assert len(small_page.search("1")) > 1
     assert small_page.press_enter() == "Latent 1"
@@ -2484,6 +2486,7 @@ def test_the_first_page_has_figures_and_says_which_latents_there_are(small_page)
         "4 of 8 latents are shown; 50% of all are never on. 100 rows, of which 1"
         in (small_page.texts("main")[0])
     )
+    assert "Underlined: the row in question" in small_page.texts("main dl")[0]
     assert small_page.go("#latent-9999") == "There is no latent 9999"
     assert small_page.go("#latent-2") == "Latent 2 is not on this page"
 
