@@ -14,8 +14,10 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 
 import contextlib
 import io
+import itertools
 import json
 import math
+import re
 import shutil
 import sys
 import time
@@ -154,7 +156,10 @@ def main() -> None:
 # the work starts, and an error names the file, and the line if it has some.
 
 NO_ROW = (msae.BEGIN, msae.PAD)  # token ids whose activations are no rows
-SIGNS = {"\n": "⏎", "\t": "⇥", "▁": " "}  # the last is a space in vocabularies of SentencePiece
+PART = "◌"  # the sign for a part of a character
+SIGNS = {"\n": "⏎", "\t": "⇥"}
+# the characters that Python makes of bytes that are no UTF-8
+SIGNS.update({chr(0xDC00 + byte): PART for byte in range(128, 256)})
 
 
 def read_json(path: Path) -> dict:
@@ -326,24 +331,38 @@ def token_ids(path: Path | None, acts: Path | str, n: int) -> tuple[np.ndarray, 
     )
 
 
-def read_vocab(path: Path) -> dict[int, str]:
-    """{id: visible text} of a list of tokens, a map of tokens to ids, or a tokenizer.json."""
+def read_vocab(path: Path) -> dict[int, bytes]:
+    """{id: bytes of UTF-8} of a list of tokens, a map of tokens to ids, or a tokenizer.json."""
     with msae.reading(path, "a list of tokens, a map of tokens to ids or a tokenizer.json"):
         vocab = json.loads(path.read_text(encoding="utf-8-sig"))
-        added = []
+        tokenizer = {}
         if isinstance(vocab, dict) and isinstance(vocab.get("model"), dict):  # a tokenizer.json
-            added = vocab.get("added_tokens", [])
-            vocab = vocab["model"]["vocab"]
+            tokenizer = vocab
+            vocab = tokenizer["model"]["vocab"]
         ids = vocab.values() if isinstance(vocab, dict) else range(len(vocab))
         # a Unigram tokenizer lists [token, score]
         tokens = [token if isinstance(token, str) else token[0] for token in vocab]
-        if any("Ġ" in token for token in tokens):  # the letter for a space in GPT-2's vocabulary
-            letters = gpt2_letters()
-            tokens = [decode_letters(token, letters) for token in tokens]
-        texts = dict(zip(ids, tokens, strict=True))
-        for token in added:
-            texts[token["id"]] = token["content"]
-        return {id: visible(text) for id, text in texts.items()}
+        to_bytes = bytes_of_letters if is_byte_level(tokenizer, tokens) else bytes_of_text
+        contents = dict(zip(ids, map(to_bytes, tokens), strict=True))
+        for token in tokenizer.get("added_tokens", []):  # never in letters for bytes
+            contents[token["id"]] = bytes_of_text(token["content"])
+        return contents
+
+
+def is_byte_level(tokenizer: dict, tokens: list[str]) -> bool:
+    """Whether the tokens are written in GPT-2's letters for bytes: the tokenizer.json says so.
+
+    Where it says nothing, or is none, tokens are taken for such if nearly all are written in those
+    letters, and many start with the letter for a space. Other vocabularies hold that letter, too.
+    """
+    steps = [tokenizer.get("decoder"), tokenizer.get("pre_tokenizer")]
+    if any(steps):  # each may be a sequence of steps, which may be nested
+        return '"type": "ByteLevel"' in json.dumps(steps)
+    n_in_letters = sum(LETTERS.keys() >= set(token) for token in tokens)
+    n_after_space = sum(token.startswith("Ġ") for token in tokens)
+    if n_in_letters < 0.99 * len(tokens):  # a few special tokens may hold others
+        return False
+    return n_after_space >= 0.1 * len(tokens)  # 65 % of SmolLM2's, less where few are English
 
 
 def gpt2_letters() -> dict[str, bytes]:
@@ -356,10 +375,37 @@ def gpt2_letters() -> dict[str, bytes]:
     return letters
 
 
-def decode_letters(token: str, letters: dict[str, bytes]) -> str:
-    """The UTF-8 text of the bytes for which the letters stand; part of a character becomes �."""
-    content = b"".join(letters.get(letter, letter.encode()) for letter in token)
-    return content.decode(errors="replace")
+LETTERS = gpt2_letters()
+
+
+def bytes_of_letters(token: str) -> bytes:
+    """The bytes for which the letters stand, in a byte-level vocabulary such as GPT-2's."""
+    known = (LETTERS.get(letter, letter.encode(errors="surrogatepass")) for letter in token)
+    return b"".join(known)
+
+
+def bytes_of_text(token: str) -> bytes:
+    """The bytes of a token of any other vocabulary: SentencePiece's ▁ is a space, <0x0A> a byte."""
+    if re.fullmatch("<0x[0-9A-Fa-f]{2}>", token):
+        return bytes.fromhex(token[3:5])
+    return token.replace("▁", " ").encode(errors="surrogatepass")
+
+
+def token_texts(contents: list[bytes]) -> list[str]:
+    """The visible text of each token of a piece of text, of their bytes one after the other.
+
+    A character whose bytes are in several tokens is shown by the last of them. A token that ends
+    within a character shows ◌, and so does a byte that belongs to none.
+    """
+    text = b"".join(contents).decode(errors="surrogateescape")
+    char_ends = np.cumsum([0, *(len(char.encode(errors="surrogateescape")) for char in text)])
+    token_ends = np.cumsum([len(content) for content in contents])
+    texts = [""] * len(contents)
+    for char, token in zip(text, np.searchsorted(token_ends, char_ends[1:]), strict=True):
+        texts[token] += char
+    for token in np.flatnonzero(~np.isin(token_ends, char_ends)):
+        texts[token] += PART
+    return [visible(text) for text in texts]
 
 
 def visible(text: str) -> str:
@@ -998,8 +1044,8 @@ def show_probes(results: dict[str, dict]) -> None:
 # A checkpoint and rows to a page: look.html draws the data that is put into it here.
 
 DATA_START = '<script id="data" type="application/json">'
-N_BEFORE = 10  # rows of its text that the page shows before a row
-N_AFTER = 5  # and after it
+N_BEFORE = 40  # rows of its text before a row; the page shows 10 of them at first
+N_AFTER = 20  # and after it; 5 at first
 IDS_HELP = (
     "A .npy of token ids: (rows,), (docs, positions), or (rows, 2) with the number of the document "
     "before each.  [default: X.ids.npy beside X.npy]"
@@ -1042,15 +1088,15 @@ def look(
     rows = msae.Rows(acts, max_norm, mask)
     check_width(checkpoint, sae, acts, rows)
     documents, ids = token_ids(ids_path, acts, rows.n_source)
-    words = read_vocab(vocab) if vocab else {}
+    vocabulary = read_vocab(vocab) if vocab else {}
     sample = rows.random_blocks(max_rows, seed=0)
     row_numbers = sample.row_numbers()
+    text_numbers = number_texts(documents[row_numbers], row_numbers)
     tokens = None
     if ids is not None:
-        tokens = [words.get(id, str(id)) for id in ids[row_numbers].tolist()]
+        tokens = tokens_of_rows(ids[row_numbers], text_numbers, vocabulary)
     with progress("look  row", len(sample)) as show:
         codes = msae.sparse_codes(sae, sample, on_rows=show)
-    text_numbers = number_texts(documents[row_numbers], row_numbers)
     page_rows = PageRows(codes, row_numbers, text_numbers, tokens)
     write_page(page, sae, page_rows, max_latents, title=f"{checkpoint}, {Path(acts).name}")
     click.echo(f"wrote {page}")
@@ -1079,6 +1125,18 @@ def number_texts(documents: np.ndarray, row_numbers: np.ndarray) -> np.ndarray:
     return np.append(0, is_new.cumsum())
 
 
+def tokens_of_rows(
+    ids: np.ndarray, text_numbers: np.ndarray, vocabulary: dict[int, bytes]
+) -> list[str]:
+    """The visible text of the token of each row; of an id without one, its number."""
+    contents = [vocabulary.get(id, str(id).encode()) for id in ids.tolist()]
+    starts = np.flatnonzero(np.diff(text_numbers, prepend=-1))
+    tokens = []
+    for start, stop in itertools.pairwise([*starts, len(ids)]):
+        tokens += token_texts(contents[start:stop])
+    return tokens
+
+
 class PageRows(NamedTuple):
     """The n rows that a page is about."""
 
@@ -1097,18 +1155,16 @@ def write_page(
     with progress("look  latent", len(shown)) as show:
         for figures, row_index, acts in msae.latent_figures(sae, rows.codes, shown):
             act_of_row = dict(zip(row_index.tolist(), acts.tolist(), strict=True))
-            for kind in ("largest", "random"):
+            for kind in ("largest", "fifths"):
                 figures[kind] = [context(rows, row, figures, act_of_row) for row in figures[kind]]
             latents.append(figures)
             show(len(latents))
-    is_far = rows.codes.is_far
-    about = (
-        f"{len(is_far):,} rows, {is_far.sum():,} too far out; "
-        f"the {len(shown):,} most frequent of {len(sae.b_enc):,} latents"
-    )
+    is_on = np.isin(np.arange(len(sae.b_enc)), rows.codes.latent)
     data = {
-        "about": about,
+        "rows": len(rows.codes.is_far),
+        "far": int(rows.codes.is_far.sum()),
         "ends": list(sae.prefixes),
+        "silent": [int(np.sum(~level)) for level in np.split(is_on, sae.prefixes[:-1])],
         "latents": latents,
         "tokens": rows.tokens,
         **more,
@@ -1130,8 +1186,9 @@ def most_frequent(sae: msae.MatryoshkaSAE, codes: msae.SparseCodes, max_latents:
 
 def context(rows: PageRows, row: int, figures: dict, act_of_row: dict[int, float]) -> dict:
     """A row where a latent is on, with the activations of that latent around it in its text."""
-    window = range(max(0, row - N_BEFORE), min(len(rows.text_numbers), row + N_AFTER + 1))
-    neighbours = [i for i in window if rows.text_numbers[i] == rows.text_numbers[row]]
+    start = max(0, row - N_BEFORE)
+    in_text = rows.text_numbers[start : row + N_AFTER + 1] == rows.text_numbers[row]
+    neighbours = (start + np.flatnonzero(in_text)).tolist()
     shades = [round(35 * act_of_row.get(i, 0) / figures["max"]) for i in neighbours]
     entry = {
         "row": int(rows.row_numbers[row]),

@@ -2003,9 +2003,10 @@ def latent_figures(
     """Of each of ``latents``: figures, the rows where it is on, and its activations there.
 
     ``share`` of rows, ``max``, ``mean`` where on, ``histogram`` (16 bins, 0 to max), the 10
-    ``largest`` rows, 5 at ``random``, the 5 ``nearest`` [latent, cosine of decoder rows], and
-    ``parent``: [latent, directed cosine], of the latents of earlier prefixes the one where it is
-    largest, if at least 0.6, else None."""
+    ``largest`` rows, ``fifths``: of each fifth of its range of activations (least to max) that
+    holds any, one row at random, the largest first; the 5 ``nearest`` [latent, cosine of decoder
+    rows], and ``parent``: [latent, directed cosine], of the latents of earlier prefixes the one
+    where it is largest, if at least 0.6, else None."""
     n_rows = len(codes.starts) - 1
     n_latents = len(sae.b_enc)
     row_of_entry = np.repeat(np.arange(n_rows), np.diff(codes.starts))
@@ -2025,7 +2026,7 @@ def latent_figures(
             best = int(fits.argmax())
             if fits[best] >= 0.6:  # as in appendix F of the paper
                 parent = (best, fits[best])
-        random = np.random.default_rng([seed, number])
+        generator = np.random.default_rng([seed, number])
         largest = np.argsort(-acts, kind="stable")[:10]
         figures = {
             "latent": number,
@@ -2034,11 +2035,21 @@ def latent_figures(
             "parent": parent,
             "histogram": np.histogram(acts, 16, (0, peaks[number]))[0].tolist(),
             "largest": row_index[largest].tolist(),
-            "random": random.choice(row_index, min(5, len(acts)), replace=False).tolist(),
+            "fifths": [int(generator.choice(part)) for part in by_fifth(row_index, acts)],
             "mean": acts.sum() / max(1, len(acts)),
             "nearest": nearest,
         }
         yield figures, row_index, acts
+
+
+def by_fifth(row_index: np.ndarray, acts: np.ndarray) -> list[np.ndarray]:
+    """``row_index`` in up to five parts, of equal parts of the range of ``acts``, from the top."""
+    if len(acts) == 0:
+        return []
+    borders = np.linspace(acts.min(), acts.max(), 6)[1:-1]
+    fifth = np.digitize(acts, borders)
+    parts = [row_index[fifth == number] for number in (4, 3, 2, 1, 0)]
+    return [part for part in parts if len(part) > 0]
 
 
 def nearest_decoder_rows(

@@ -2339,7 +2339,7 @@ def page_data(path):
     data, script = page.scripts
     assert not page.stack
     assert "<" not in data
-    assert len(script.splitlines()) < 260
+    assert len(script.splitlines()) < 360
     return json.loads(data)
 
 
@@ -2392,14 +2392,32 @@ def test_the_figures_of_latents_and_their_tree_equal_a_naive_loop():
     )
     for figures, at, acts in msae.latent_figures(sae, sparse, [0, *range(3, 12)]):
         a = codes[:, figures["latent"]]
-        random = figures.pop("random")
+        fifths = figures.pop("fifths")
         assert np.array_equal(at, a.nonzero()[0])
         assert np.array_equal(acts, a[a > 0])
-        assert set(random) <= set(at)
-        assert len(set(random)) == len(random) == min(5, len(at))
+        borders = np.linspace(a[a > 0].min(initial=a.max()), a.max(), 6)
+        fifth_of = [int(np.searchsorted(borders[1:5], a[row], side="right")) for row in fifths]
+        filled = np.histogram(a[a > 0], borders)[0] if len(at) > 1 else [len(at)]
+        assert fifth_of == [n for n in (4, 3, 2, 1, 0) if len(at) and filled[n]]
         assert figures == naive_figures(codes, sae.prefixes, cosine, figures["latent"])
         parents[figures["latent"]] = figures["parent"] and figures["parent"][0]
     assert [parents[i] for i in (0, 5, 6, 9, 11)] == [None, 1, None, 5, None]
+
+
+def test_of_each_fifth_of_a_latents_range_that_holds_rows_there_is_one_the_largest_first():
+    sae = msae.MatryoshkaSAE(1, 1, (1,))
+    sae.W_enc.data = torch.ones(1, 1)
+    # from 2 to 12: fifths end at 4, 6, 8, 10; none is from 6 to 8
+    acts = torch.tensor([[0.0], [12], [3.5], [2], [4.5], [9], [5.9], [0], [9.9], [3]])
+    by_fifth = [{1}, {5, 8}, {4, 6}, {2, 3, 9}]
+    drawn = []
+    for seed in range(40):
+        codes = msae.sparse_codes(sae, acts)
+        ((figures, _, _),) = msae.latent_figures(sae, codes, [0], seed)
+        drawn.append(figures["fifths"])
+    assert [set(rows) for rows in zip(*drawn)] == by_fifth
+    ((figures, _, _),) = msae.latent_figures(sae, msae.sparse_codes(sae, torch.ones(3, 1)), [0])
+    assert len(figures["fifths"]) == 1  # all are as large
 
 
 def test_the_page_shows_tokens_in_their_text_as_text(here):
@@ -2422,14 +2440,17 @@ def test_the_page_shows_tokens_in_their_text_as_text(here):
     codes = msae.MatryoshkaSAE.load("run").encode(x).detach().numpy()
     assert [each["latent"] for each in data["latents"]] == [*range(32)]
     assert data["ends"] == [2, 4, 8, 16, 32]
+    assert (data["rows"], data["far"]) == (3000, 0)
+    is_silent = ~(codes > 0).any(axis=0)
+    assert data["silent"] == [part.sum() for part in np.split(is_silent, [2, 4, 8, 16])]
     for figures, acts in zip(data["latents"], codes.T):
         assert figures["share"] == pytest.approx(np.mean(acts > 0), rel=1e-3)
-        for context in figures["largest"] + figures["random"]:
+        for context in figures["largest"] + figures["fifths"]:
             # of a text of 30 rows
             row = context["row"]
             start = context["row"] // 30 * 30
-            first = max(start, row - 10)
-            end = min(start + 30, row + 6)
+            first = max(start, row - 40)
+            end = min(start + 30, row + 21)
             assert (context["from"], context["at"]) == (first, row - first)
             shades = [int(c, 36) for c in context["shades"]]
             assert shades == pytest.approx(35 * acts[first:end] / acts.max(), abs=0.51)
@@ -2441,7 +2462,7 @@ def test_the_page_shows_tokens_in_their_text_as_text(here):
     )  # the newest checkpoint, without tokens
     data = page_data("runs/mine/look.html")
     assert len(data["latents"]) == 9
-    assert data["about"].startswith("470 rows")
+    assert (data["rows"], data["far"]) == (470, 0)
     assert not data["tokens"]
     first = data["latents"][0]["largest"][0]
     others = np.setdiff1d(np.flatnonzero(codes[first["row"]]), data["latents"][0]["latent"])
@@ -2449,24 +2470,91 @@ def test_the_page_shows_tokens_in_their_text_as_text(here):
     assert len(first["others"]) >= min(8, len(others))
 
 
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False}
+SPLIT = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious"}
+
+
+def tokenizer_json(tokens, decoder, pre_tokenizer=None):
+    return {
+        "model": {"vocab": {token: id for id, token in enumerate(tokens)}},
+        "decoder": decoder,
+        "pre_tokenizer": pre_tokenizer,
+    }
+
+
 @pytest.mark.parametrize(
     "content, texts",
     [
-        (["a", "Ġb"], {0: "a", 1: " b"}),
-        ({"▁x": 5, "": 7}, {5: " x", 7: "∅"}),
-        ([["▁u", -1]], {0: " u"}),
+        (["a", "Ġb"], ["a", " b"]),  # no decoder is said: half of the tokens start with Ġ
+        (["Ġ"] + ["▁für", "é"] * 99, ["Ġ"] + [" für", "é"] * 99),  # Gemma's: one is Maltese
+        (["Ġġ"] + ["café", "è"] * 9, ["Ġġ"] + ["café", "è"] * 9),  # words of Latin letters
+        (["ĠÃ©", "x"] * 99 + ["<|▁|>"], [" é", "x"] * 99 + ["<|▁|>"]),  # a special token
+        ({"▁x": 1, "": 0}, ["∅", " x"]),
+        ([["▁u", -1]], [" u"]),
+        (  # GPT-2, SmolLM2; tokens without Ġ tell nothing
+            tokenizer_json(["Ã©", "Ċ"], BYTE_LEVEL, BYTE_LEVEL),
+            ["é", "⏎"],
+        ),
+        (  # Llama 3, Qwen
+            tokenizer_json(
+                ["Ã©"], None, {"type": "Sequence", "pretokenizers": [SPLIT, BYTE_LEVEL]}
+            ),
+            ["é"],
+        ),
+        (tokenizer_json(["Ã©"], {"type": "Sequence", "decoders": [BYTE_LEVEL]}), ["é"]),
+        (  # Gemma, Llama 2
+            tokenizer_json(
+                ["Ġa", "▁für", "<0x0A>", "▁▁", "Ã©"],
+                {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]},
+                SPLIT,
+            ),
+            ["Ġa", " für", "⏎", "  ", "Ã©"],
+        ),
+        (  # a pattern that reads like a type
+            tokenizer_json(
+                ["Ġa"], {"type": "Replace", "content": '"type": "ByteLevel"', "pattern": {}}
+            ),
+            ["Ġa"],
+        ),
         (
             {
                 "model": {"vocab": {"ĠÃ©": 1, "Ċ": 0}},
                 "added_tokens": [{"id": 2, "content": "<|é|>"}],
             },
-            {1: " é", 0: "⏎", 2: "<|é|>"},
+            ["⏎", " é", "<|é|>"],
         ),
     ],
 )
-def test_vocabularies_and_ids_of_every_kind(tmp_path, content, texts):
+def test_a_vocabulary_is_read_as_its_tokenizer_writes_it(tmp_path, content, texts):
     msae.write(tmp_path / "vocab.json", content)
-    assert cli.read_vocab(tmp_path / "vocab.json") == texts
+    vocabulary = cli.read_vocab(tmp_path / "vocab.json")
+    assert [cli.token_texts([vocabulary[id]]) for id in sorted(vocabulary)] == [[t] for t in texts]
+
+
+# "日" is three bytes, "😀" four
+@pytest.mark.parametrize(
+    "contents, texts",
+    [
+        ([b"the", b" cat", b"\n", b""], ["the", " cat", "⏎", "∅"]),
+        ([b" \xe6", b"\x97", b"\xa5\xe6", b"\x9c\xac"], [" ◌", "◌", "日◌", "本"]),
+        ([b"\xf0\x9f", b"\x98\x80!"], ["◌", "😀!"]),
+        ([b"\xf0", b" the", b"\x80"], ["◌", " the", "◌"]),  # parts of no character
+        ([b"\xe6\x97"], ["◌◌"]),
+        ([b"\xed\xa0\x80", "\u0000◌".encode()], ["◌◌◌", "\\u0000◌"]),  # half a surrogate pair
+    ],
+)
+def test_a_character_cut_into_tokens_is_shown_by_the_last_of_them(contents, texts):
+    assert cli.token_texts(contents) == texts
+
+
+def test_a_character_is_not_joined_from_tokens_of_two_texts():
+    vocabulary = {0: b"\xc3", 1: b"\xa9"}
+    ids = np.array([0, 1, 0, 1, 7])
+    tokens = cli.tokens_of_rows(ids, np.array([0, 0, 0, 1, 1]), vocabulary)
+    assert tokens == ["◌", "é", "◌", "◌", "7"]
+
+
+def test_vocabularies_and_ids_of_every_kind(tmp_path):
     for shape, document in (((3, 4), 1), (12, 0)):
         np.save(tmp_path / "ids.npy", np.arange(12, dtype=np.uint64).reshape(shape) + 2**63)
         assert [n[5] for n in cli.token_ids(tmp_path / "ids.npy", tmp_path, 12)] == [
@@ -2519,20 +2607,58 @@ def browser(tmp_path):
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
 
-@pytest.mark.skipif(not CHROMIUM, reason="needs Chromium")
-def test_in_a_browser_links_lead_on_tokens_are_found_and_foreign_text_does_nothing(here, browser):
-    def js(script):
-        found = browser("Runtime.evaluate", expression=script, awaitPromise=True)
+class OpenPage:
+    """A page that is open in the browser, and what a reader does there."""
+
+    def __init__(self, browser, path, address, title):
+        self.browser = browser
+        browser("Page.navigate", url=Path(path).resolve().as_uri() + address)
+        end = time.monotonic() + 60
+        while self.js("document.readyState + document.querySelector('h2')?.textContent") != (
+            f"complete{title}"
+        ):
+            assert time.monotonic() < end
+
+    def js(self, script):
+        found = self.browser(
+            "Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True
+        )
         assert "exceptionDetails" not in found, found
         return found.get("result", {}).get("value")
 
-    def click(where):  # on a link; what is then shown
-        return js(
+    def texts(self, where):
+        return self.js(f"[...document.querySelectorAll('{where}')].map(it => it.textContent)")
+
+    def title_after(self, script):  # which leads to another latent
+        return self.js(
             "new Promise(done => {"
             "onhashchange = () => done(document.querySelector('h2').innerText); "
-            f"document.querySelector('{where}').click() }})"
+            f"{script} }})"
         )
 
+    def click(self, where):
+        return self.title_after(f"document.querySelector('{where}').click()")
+
+    def go(self, address):
+        return self.title_after(f"location.hash = '{address}'")
+
+    def search(self, text):  # the lines that are found
+        self.js(
+            f"document.querySelector('#find').value = '{text}'; "
+            "document.querySelector('#find').dispatchEvent(new Event('input', {bubbles: true}))"
+        )
+        return self.texts("nav > details > details > summary .text")
+
+    def press_enter(self):
+        event = "new KeyboardEvent('keydown', {key: 'Enter', bubbles: true})"
+        return self.title_after(f"document.querySelector('#find').dispatchEvent({event})")
+
+
+needs_chromium = pytest.mark.skipif(not CHROMIUM, reason="needs Chromium")
+
+
+@needs_chromium
+def test_in_a_browser_links_lead_on_tokens_are_found_and_foreign_text_does_nothing(here, browser):
     tree = msae.FeatureTree(toy_settings()["tree"])
     sae = msae.MatryoshkaSAE(20, 20, (3, 20))
     order = sorted(
@@ -2546,30 +2672,97 @@ def test_in_a_browser_links_lead_on_tokens_are_found_and_foreign_text_does_nothi
     run("look", "tree", "--acts", "tree.npy", "--vocab", "vocab.json")
     for domain in ("Runtime", "Log", "Page"):
         browser(f"{domain}.enable")
-    browser("Page.navigate", url=Path("tree/look.html").resolve().as_uri() + "#latent-17")
-    end = time.monotonic() + 60
-    while (
-        js("document.readyState + document.querySelector('h2')?.textContent") != "completeLatent 17"
-    ):
-        assert time.monotonic() < end
-    number = int(click("nav > details > details a").split()[1])
+    page = OpenPage(browser, "tree/look.html", "#latent-17", "Latent 17")
+    number = int(page.click("nav > details > details a").split()[1])
     beside = ".relations .line"
-    assert number < 3 <= int(click(beside).split()[1])  # its child
-    assert click(beside) == f"Latent {number}"  # whose parent it is
-    found = js(
-        "const box = document.querySelector('#find'); box.value = 'CAT'; "
-        "box.dispatchEvent(new Event('input', {bubbles: true})); "
-        "[...document.querySelectorAll('nav .line')].map(a => a.textContent).join('|')"
-    )
+    assert number < 3 <= int(page.click(beside).split()[1])  # its child
+    assert page.click(beside) == f"Latent {number}"  # whose parent it is
+    found = page.search("CAT")
     assert found
-    assert all(" Cat" in line for line in found.split("|"))
-    assert js("document.querySelectorAll('img, script').length") == 2
+    assert all(" Cat" in line for line in found)
+    assert page.js("document.querySelectorAll('img, script').length") == 2
+    page.go("#")
+    assert page.js("document.querySelectorAll('img, script').length") == 2
     assert not {
         "Runtime.exceptionThrown",
         "Runtime.consoleAPICalled",
         "Log.entryAdded",
         "Page.javascriptDialogOpening",
     } & {*browser.events}
+
+
+@pytest.fixture
+def small_page(tmp_path, browser):
+    """Latents 0, 1, 4 and 5 of 8 on 100 rows of one text, open in the browser."""
+    tokens = [f" w{row}" for row in range(100)]
+    words = {10: " cat", 20: " dog", 30: " dog", 35: "cat", 50: " odd", 52: " riv", 53: "er"}
+    words[70] = " cat"
+    for row, word in words.items():
+        tokens[row] = word
+    codes = np.zeros((100, 8))
+    # row 50 is far larger than the others, as one row of a real model was for 28 latents of 1,024
+    codes[[50, 10, 20, 30, 35, 70], 0] = 9, 3, 2.9, 2.8, 2.7, 1
+    codes[[20, 50], 1] = 2, 1
+    codes[[10, 70], 4] = 1.5, 0.5
+    codes[[20, 50], 5] = 1.9, 0.9  # below 1
+    row, latent = codes.nonzero()
+    starts = np.append(0, np.bincount(row, minlength=100).cumsum())
+    is_far = np.arange(100) == 99
+    sparse = msae.SparseCodes(starts, latent, codes[row, latent], is_far)
+    rows = cli.PageRows(sparse, np.arange(100), np.zeros(100), tokens)
+    sae = msae.MatryoshkaSAE(8, 8, (4, 8))
+    cli.write_page(tmp_path / "look.html", sae, rows, max_latents=4, title="Small")
+    return OpenPage(browser, tmp_path / "look.html", "", "Small")
+
+
+@needs_chromium
+def test_in_the_tree_a_latent_is_known_by_the_most_frequent_tokens_of_its_contexts(small_page):
+    names = dict(zip(small_page.texts("nav .number"), small_page.texts("nav .text")))
+    assert names == {
+        "0": "cat · dog · odd",
+        "1": "dog · odd",  # as frequent: the larger activation
+        "5": "dog · odd",
+        "4": "cat w8 w9 cat w11 w12 w13",  # a token alone, and the text around it
+    }
+
+
+@needs_chromium
+def test_search_finds_words_anywhere_in_the_contexts_and_enter_opens_the_first(small_page):
+    around = " odd w51 river w54 w55"
+    assert small_page.search("River") == [around] * 3  # of 0, 1 and 5
+    assert small_page.press_enter() == "Latent 0"
+    assert small_page.search("dog") == [" w18 w19 dog w21 w22 w23"] * 3
+    assert small_page.texts("nav > details > details > summary .number") == ["1", "0", "5"]
+    assert small_page.search("w59") == []  # beyond what the contexts show
+    assert len(small_page.search("1")) > 1
+    assert small_page.press_enter() == "Latent 1"
+
+
+@needs_chromium
+def test_a_click_shows_more_of_the_text(small_page):
+    small_page.go("#latent-0")
+    first = ".contexts section:first-of-type p:first-of-type bdi"
+    assert len(small_page.texts(first)) == 10 + 1 + 5
+    small_page.js("document.querySelector('.contexts button').click()")
+    assert len(small_page.texts(first)) == 40 + 1 + 20
+    assert small_page.texts(first)[40] == " odd"
+    shades = small_page.js(
+        f"[...document.querySelectorAll('{first}')].map(word => "
+        "Math.round(90 * word.style.getPropertyValue('--strength')) / 10)"
+    )
+    assert [round(shade) for shade in shades if shade] == [3, 3, 3, 3, 9, 1]
+
+
+@needs_chromium
+def test_the_first_page_has_figures_and_says_which_latents_there_are(small_page):
+    assert small_page.texts("td") == ["4", "4", "2", "2", "0", "8", "4", "2", "2", "1"]
+    assert (
+        "4 of 8 latents are shown; 50% of all are never on. 100 rows, of which 1"
+        in (small_page.texts("main")[0])
+    )
+    assert "Underlined: the row in question" in small_page.texts("main dl")[0]
+    assert small_page.go("#latent-9999") == "There is no latent 9999"
+    assert small_page.go("#latent-2") == "Latent 2 is not on this page"
 
 
 # --------------------------------------------------------------------------- the Hub and neighbours
