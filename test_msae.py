@@ -2885,7 +2885,8 @@ def api(here, monkeypatch):
     return api
 
 
-PUSHED = {"README.md", "config.json", msae.CONFIG, msae.METRICS, msae.WEIGHTS, "eval-acts.json"}
+PUSHED = {"README.md", "config.json", "eval-acts.json"}
+PUSHED |= {msae.CONFIG, msae.LIMIT, msae.METRICS, msae.WEIGHTS}
 
 
 def test_push_without_arguments_load_and_the_snippets_of_the_card(hub):
