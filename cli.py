@@ -862,8 +862,8 @@ PROBE_COLUMNS = {
     "split": "{splitting:.1f}",
 }
 LEGEND_OF_PROBES = (
-    "share: of rows where the latent of k=1 is on; labels: that have latents, and of these alone "
-    "what follows"
+    "share: of rows, where the latent of k=1 is on (the label: {label_share:.1%})\n"
+    "labels: how many have latents; the figures after it are of these alone"
 )
 
 
@@ -978,7 +978,7 @@ def show_probes(results: dict[str, dict]) -> None:
     title = "F1 of probes on k latents, {raw[f1]:.3f} on raw rows; what becomes of a label"
     sections = {path: figures["prefixes"] for path, figures in probed.items()}
     show_table(title.format(**any_probed), PROBE_COLUMNS, sections)
-    lines = [LEGEND_OF_PROBES]
+    lines = [LEGEND_OF_PROBES.format(**any_probed)]
     n_labels = len(any_probed["labels"])
     for path, figures in probed.items():
         n_verdicts = figures["prefixes"][-1]["n_verdicts"]

@@ -1763,19 +1763,19 @@ def max_cosine(W_dec: Tensor, batch_size: int = 2048) -> float:
 def probe(sae: MatryoshkaSAE, x: Tensor, y: Tensor, seed: int = 0, max_k: int = 5) -> dict:
     """How few latents tell labels ``y`` (n, C), booleans, of raw rows ``x`` (n, D).
 
-    Probes are trained on half the rows, and all is measured on the other half. Returns the number
-    of ``rows``, ``raw``: accuracy and F1 of logistic regression on the rows, and for each of the
-    ``prefixes`` - ``probes``: the same on the k latents that correlate most with the label
-    (``k_sparse_probes``); ``main_share``: the share of rows where the first of them, the label's
-    main latent, is on; ``n_verdicts``: the number of labels that have latents. Means over these
-    labels alone, None if there are none - ``splitting``: how many latents tell a label;
+    Probes are trained on half the rows, and measured on the other half. Returns the number of
+    ``rows``, a label's mean ``label_share`` of them, ``raw``: accuracy and F1 of logistic
+    regression on the rows, and for each of the ``prefixes`` - ``probes``: the same on the k latents
+    that correlate most with the label (``k_sparse_probes``); ``main_share``: the share of rows
+    where the first of them, the main latent, is on; ``n_verdicts``: how many labels have latents;
+    and of these alone, None if there are none - ``splitting``: how many latents tell a label;
     ``main_silent``: of the raw probe's true positives, the share on which the main latent is
     silent; ``absorption``: the share on which all latents that tell the label are, and another one
-    carries it (``n_absorbed``).
+    carries it (``n_absorbed``). Means over labels.
 
     A label has latents if those that it is split into tell it with F1 of at least 0.5, and the raw
-    probe with more than 0.6. ``ValueError`` for a label that a half of the rows has everywhere or
-    nowhere."""
+    probe with more than 0.6. SAEBench has only the second rule, and ranks latents by an L1 probe.
+    ``ValueError`` for a label that a half of the rows has everywhere or nowhere."""
     x_train, x_test, y_train, y_test = halves(x, y, seed)
     directions, bias = logistic_regression(x_train, y_train)
     predicted = directions @ x_test.T + bias[:, None] > 0  # (C, n)
@@ -1793,8 +1793,9 @@ def probe(sae: MatryoshkaSAE, x: Tensor, y: Tensor, seed: int = 0, max_k: int = 
         main_is_on = is_on[:, :, 0]
         is_split = torch.arange(latents.shape[1]) < n_splits[:, None]
         split_is_on = (is_on & is_split[:, None]).any(dim=2)
-        # Up to a raw F1 of 0.6 SAEBench does not count a label among the model's features. Below
-        # 0.5 a latent that is on nowhere else misses two rows of three: it is no latent of it.
+        # A label whose raw F1 is at most 0.6 is none of the model's features, says SAEBench. With
+        # F1 below 0.5 a latent misses two rows of three even if it is on for nothing else: it is
+        # another feature's. (A constant has F1 0.5 for a label on a third of the rows, no rarer.)
         has_latents = (raw_f1 > 0.6) & (split_f1 >= 0.5)
         main_silent = (positives & ~main_is_on).sum(dim=1) / n_positives
         n_carried = n_absorbed(sae, x_test, positives & ~split_is_on, p, directions)
@@ -1810,7 +1811,8 @@ def probe(sae: MatryoshkaSAE, x: Tensor, y: Tensor, seed: int = 0, max_k: int = 
             "splitting": mean_known(n_splits[has_latents].float()),
         }
         levels.append(level)
-    return {"rows": len(x), "raw": raw, "prefixes": levels}
+    label_share = float(y.float().mean())
+    return {"rows": len(x), "label_share": label_share, "raw": raw, "prefixes": levels}
 
 
 def halves(x: Tensor, y: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

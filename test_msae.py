@@ -1348,8 +1348,10 @@ def test_probe_is_the_mean_of_its_words_over_the_labels_that_have_latents():
     sae.b_enc.copy_(-0.1 * sae.W_enc.sum(dim=0))
     sae.b_enc[2] -= 1
     sae.threshold.fill_(0.5)
-    found = msae.probe(sae, x, y, max_k=3)["prefixes"]
+    probed = msae.probe(sae, x, y, max_k=3)
+    found = probed["prefixes"]
     assert [level["n_verdicts"] for level in found] == [2, 2]
+    assert probed["label_share"] == pytest.approx(y.double().mean().item())
     naive = [naive_probe(sae, x, label) for label in y.T]
     level = found[1]
     for k in range(3):
@@ -2167,6 +2169,7 @@ def test_eval_gives_no_verdict_on_labels_without_latents(here):
     output = run(*"eval one blind --acts acts.npy --labels labels.npy".split())
     verdict = "of 3 labels have latents: no verdict on absorption of the others"
     assert f"one: 1 {verdict}\nblind: 0 {verdict}\n" in output
+    assert f"(the label: {(data > 1).mean():.1%})" in output
     assert re.search(r"blind +1 +0.000 +0.0% +0 +- +- +-", output)
     level = json.loads(Path("blind/eval-acts.json").read_text())["labels"]["prefixes"][0]
     assert level["absorption"] is None
