@@ -442,11 +442,13 @@ LOGGED = "train FVU {fvu:.3f} L0 {l0:.1f} dead {dead:.1%} {rows_per_second:,}/s"
 
 
 def fill(text: str, figures: dict) -> str:
-    """``text`` with ``figures`` filled in; nothing where one of them is missing or None."""
+    """``text`` with ``figures`` filled in; nothing where one is missing, "-" where it is None."""
     try:
         return text.format(**figures)
-    except (LookupError, TypeError):
+    except LookupError:
         return ""
+    except TypeError:
+        return "-"
 
 
 def show_table(title: str, columns: dict[str, str], sections: dict[str, list[dict]]) -> None:
@@ -912,13 +914,18 @@ UNCOVERED = (
 )
 PROBE_COLUMNS = {
     "latents": "{latents:,}",
-    "raw": "{raw[f1]:.3f}",
     "k=1": "{probes[0][f1]:.3f}",
+    "share": "{main_share:.1%}",
     "k=5": "{probes[4][f1]:.3f}",
+    "labels": "{n_verdicts}",
     "main\nsilent": "{main_silent:.1%}",
     "absorbed": "{absorption:.1%}",
     "split": "{splitting:.1f}",
 }
+LEGEND_OF_PROBES = (
+    "share: of rows, where the latent of k=1 is on (the label: {label_share:.1%})\n"
+    "labels: how many have latents; the figures after it are of these alone"
+)
 
 
 @main.command("eval", epilog="Example: python cli.py eval runs/acts-3072 --acts held.npy")
@@ -1032,12 +1039,21 @@ def show_losses(results: dict[str, dict]) -> None:
 
 def show_probes(results: dict[str, dict]) -> None:
     """Print what ``probe`` finds, mean over the labels: see its docstring."""
-    title = "F1 of probes on raw rows and on k latents; what becomes of a label"
-    sections = {}
-    for path, figures in results.items():
-        probed = figures["labels"]
-        sections[path] = [{**level, "raw": probed["raw"]} for level in probed["prefixes"]]
-    show_table(title, PROBE_COLUMNS, sections)
+    probed = {path: figures["labels"] for path, figures in results.items()}
+    any_probed = next(iter(probed.values()))  # the rows, and their raw probe, are the same for all
+    title = "F1 of probes on k latents, {raw[f1]:.3f} on raw rows; what becomes of a label"
+    sections = {path: figures["prefixes"] for path, figures in probed.items()}
+    show_table(title.format(**any_probed), PROBE_COLUMNS, sections)
+    lines = [LEGEND_OF_PROBES.format(**any_probed)]
+    n_labels = len(any_probed["labels"])
+    for path, figures in probed.items():
+        n_verdicts = figures["prefixes"][-1]["n_verdicts"]
+        if n_verdicts < n_labels:
+            lines.append(
+                f"{path}: {n_verdicts} of {n_labels} labels have latents: "
+                "no verdict on absorption of the others"
+            )
+    console.print(*lines, sep="\n", soft_wrap=True)
 
 
 # --------------------------------------------------------------------------------------------- look

@@ -1829,13 +1829,62 @@ def max_cosine(W_dec: Tensor, batch_size: int = 2048) -> float:
 def probe(sae: MatryoshkaSAE, x: Tensor, y: Tensor, seed: int = 0, max_k: int = 5) -> dict:
     """How few latents tell labels ``y`` (n, C), booleans, of raw rows ``x`` (n, D).
 
-    Half the rows are held out. Returns the number of ``rows``, and - ``raw``: accuracy and F1 of
-    logistic regression on the rows; - ``prefixes``, for each prefix: ``probes``: the same on k
-    latents, whose mean differs most with the label (``k_sparse_probes``); ``splitting``: how many
-    of these latents tell a label; ``main_silent``: of the raw probe's true positives, the share on
-    which the latent of largest difference is silent; ``absorption``: the share on which all latents
-    that tell the label are, and another one carries it (``n_absorbed``). ``ValueError`` for a label
-    that a half of the rows has everywhere or nowhere."""
+    Probes are trained on half the rows, and measured on the other half. Returns the number of
+    ``rows``, a label's mean ``label_share`` of them, ``raw``: accuracy and F1 of logistic
+    regression on the rows, and for each of the ``prefixes`` - ``probes``: the same on the k latents
+    that correlate most with the label (``k_sparse_probes``); ``main_share``: the share of rows
+    where the first of them, the main latent, is on; ``n_verdicts``: how many labels have latents;
+    and of these alone, None if there are none - ``splitting``: how many latents tell a label;
+    ``main_silent``: of the raw probe's true positives, the share on which the main latent is
+    silent; ``absorption``: the share on which all latents that tell the label are, and another one
+    carries it (``n_absorbed``). Means over labels.
+
+    A label has latents if those that it is split into tell it with F1 of at least 0.5, and the raw
+    probe with more than 0.6. SAEBench has only the second rule, and ranks latents by an L1 probe.
+    ``ValueError`` for a label that a half of the rows has everywhere or nowhere."""
+    x_train, x_test, y_train, y_test = halves(x, y, seed)
+    directions, bias = logistic_regression(x_train, y_train)
+    predicted = directions @ x_test.T + bias[:, None] > 0  # (C, n)
+    raw, raw_f1 = probe_scores(predicted, y_test)
+    positives = y_test.T & predicted
+    n_positives = positives.sum(dim=1)
+    correlations = label_correlations(sae, x_train, y_train)  # (C, F)
+    levels = []
+    for p in sae.prefixes:
+        latents = correlations[:, :p].topk(min(max_k, p), dim=1).indices  # (C, k), best first
+        codes_train = codes_by_label(sae, x_train, p, latents)
+        codes_test = codes_by_label(sae, x_test, p, latents)
+        probes, n_splits, split_f1 = k_sparse_probes(codes_train, codes_test, y_train, y_test)
+        is_on = codes_test > 0  # (C, n, k)
+        main_is_on = is_on[:, :, 0]
+        is_split = torch.arange(latents.shape[1]) < n_splits[:, None]
+        split_is_on = (is_on & is_split[:, None]).any(dim=2)
+        # A label whose raw F1 is at most 0.6 is none of the model's features, says SAEBench. With
+        # F1 below 0.5 a latent misses two rows of three even if it is on for nothing else: it is
+        # another feature's. (A constant has F1 0.5 for a label on a third of the rows, no rarer.)
+        has_latents = (raw_f1 > 0.6) & (split_f1 >= 0.5)
+        main_silent = (positives & ~main_is_on).sum(dim=1) / n_positives
+        n_carried = n_absorbed(sae, x_test, positives & ~split_is_on, p, directions)
+        absorption = torch.where(has_latents, n_carried / n_positives, math.nan)
+        level = {
+            "latents": p,
+            "probes": probes,
+            "main_share": float(main_is_on.float().mean()),
+            "n_verdicts": int(has_latents.sum()),
+            "absorption": mean_known(absorption),
+            "main_silent": mean_known(main_silent[has_latents]),
+            "absorption_by_label": [mean_known(rate) for rate in absorption],
+            "splitting": mean_known(n_splits[has_latents].float()),
+        }
+        levels.append(level)
+    label_share = float(y.float().mean())
+    return {"rows": len(x), "label_share": label_share, "raw": raw, "prefixes": levels}
+
+
+def halves(x: Tensor, y: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``x`` and ``y`` in a random order, as ``x_train, x_test, y_train, y_test``.
+
+    ``ValueError`` for a label that one of them has everywhere or nowhere."""
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
     x_train, x_test = x[order].float().tensor_split(2)
     y_train, y_test = y[order].tensor_split(2)
@@ -1843,42 +1892,25 @@ def probe(sae: MatryoshkaSAE, x: Tensor, y: Tensor, seed: int = 0, max_k: int = 
     rarest = torch.stack(counts).amin(dim=0)
     rule = f"label {rarest.argmin()} needs rows with it and without it in both halves"
     require(rarest.all(), rule, 0)
-    directions, bias = logistic_regression(x_train, y_train)
-    predicted = directions @ x_test.T + bias[:, None] > 0  # (C, n)
-    positives = y_test.T & predicted
-    difference = mean_difference(sae, x_train, y_train)  # (C, F)
-    levels = []
-    for p in sae.prefixes:
-        top = difference[:, :p].abs().topk(min(max_k, p), dim=1).indices  # (C, k)
-        main = difference[:, :p].argmax(dim=1, keepdim=True)  # (C, 1)
-        codes_test = codes_by_label(sae, x_test, p, top)
-        codes_train = codes_by_label(sae, x_train, p, top)
-        probes, n_splits = k_sparse_probes(codes_train, codes_test, y_train, y_test)
-        # a label's latents: as many as it is split into, that fire for it and not against it
-        is_split = torch.arange(top.shape[1]) < n_splits[:, None]
-        is_split &= difference.gather(1, top) > 0  # (C, k)
-        split_is_on = ((codes_test > 0) & is_split[:, None]).any(dim=2)  # (C, n)
-        main_is_on = codes_by_label(sae, x_test, p, main).squeeze(2) > 0
-        main_silent = positives & ~main_is_on
-        missed = main_silent & ~split_is_on
-        absorption = n_absorbed(sae, x_test, missed, p, directions) / positives.sum(1)  # (C,)
-        level = {
-            "latents": p,
-            "probes": probes,
-            "absorption": mean_known(absorption),
-            "main_silent": mean_known(main_silent.sum(1) / positives.sum(1)),
-            "absorption_by_label": [mean_known(rate) for rate in absorption],
-            "splitting": float(n_splits.float().mean()),
-        }
-        levels.append(level)
-    return {"rows": len(x), "raw": probe_scores(predicted, y_test)[0], "prefixes": levels}
+    return x_train, x_test, y_train, y_test
 
 
-def mean_difference(sae: MatryoshkaSAE, x: Tensor, y: Tensor) -> Tensor:
-    """Mean activation on the rows with a label, less that on those without: (C, F)."""
-    share = torch.where(y, 1 / y.sum(0), -1 / (~y).sum(0))  # (n, C)
-    parts = zip(x.split(2048), share.split(2048), strict=True)
-    return sum(part.T @ sae.encode(rows) for rows, part in parts)
+def label_correlations(sae: MatryoshkaSAE, x: Tensor, y: Tensor) -> Tensor:
+    """Correlation of each label of ``y`` (n, C) with each latent on rows ``x`` (n, D): (C, F).
+
+    A label's latents come in the order of the difference of their means with it and without it,
+    over their standard deviation. The difference alone (Gurnee et al. 2023) favours large ones. 0
+    for a latent that never changes."""
+    y = y.double()
+    y = (y - y.mean(dim=0)) / y.std(dim=0, correction=0)
+    product, total, squares = 0, 0, 0
+    for rows, label in zip(x.split(2048), y.split(2048), strict=True):
+        acts = sae.encode(rows).double()
+        product += label.T @ acts
+        total += acts.sum(dim=0)
+        squares += acts.square().sum(dim=0)
+    variance = squares / len(x) - (total / len(x)).square()
+    return product / len(x) / variance.clamp_min(1e-24).sqrt()
 
 
 def codes_by_label(sae: MatryoshkaSAE, x: Tensor, prefix: int, latents: Tensor) -> Tensor:
@@ -1889,12 +1921,12 @@ def codes_by_label(sae: MatryoshkaSAE, x: Tensor, prefix: int, latents: Tensor) 
 
 def k_sparse_probes(
     codes_train: Tensor, codes_test: Tensor, y_train: Tensor, y_test: Tensor
-) -> tuple[list[dict[str, float]], Tensor]:
+) -> tuple[list[dict[str, float]], Tensor, Tensor]:
     """Logistic regression on each label's first k latents, k = 1, 2, ...; codes are (C, n, max_k).
 
-    Gurnee et al. 2023, arXiv 2305.01610. Returns [{"k", "accuracy", "f1"}], and how many latents
-    each label is split into (C,): as many as raise its F1 by more than 0.03 each (Chanin et al.
-    2024)."""
+    Gurnee et al. 2023, arXiv 2305.01610. Returns [{"k", "accuracy", "f1"}], how many latents each
+    label is split into (C,): as many as raise its F1 by more than 0.03 each (Chanin et al. 2024),
+    and its F1 with these (C,)."""
     probes, f1 = [], []
     for k in range(1, codes_train.shape[2] + 1):
         w, b = logistic_regression(codes_train[:, :, :k], y_train)
@@ -1902,8 +1934,10 @@ def k_sparse_probes(
         scores, f1_by_label = probe_scores(logits > 0, y_test)
         probes.append({"k": k, **scores})
         f1.append(f1_by_label)
-    is_gain = torch.stack(f1).diff(dim=0) > 0.03
-    return probes, 1 + is_gain.cumprod(dim=0).sum(0)
+    f1 = torch.stack(f1)  # (max_k, C)
+    is_gain = f1.diff(dim=0) > 0.03
+    n_more = is_gain.cumprod(dim=0).sum(0)  # latents beyond the first
+    return probes, 1 + n_more, f1.gather(0, n_more[None])[0]
 
 
 def logistic_regression(x: Tensor, y: Tensor, l2=1e-3, steps=100) -> tuple[Tensor, Tensor]:
@@ -1945,17 +1979,20 @@ def n_absorbed(
 ) -> Tensor:
     """On how many rows another latent carries a label whose own are silent: (C,).
 
-    Of rows ``x`` (n, D) those that are ``missed`` (C, n): where, of the active latents, the one
-    that adds most along the label's probe ``directions`` (C, D) has a cosine above 0.025 with it.
-    After Chanin et al. 2024, arXiv 2409.14507, who find that latent by its ablation."""
+    Of rows ``x`` (n, D) those that are ``missed`` (C, n): where, of the latents, the one that adds
+    most along the label's probe ``directions`` (C, D) adds at least 40 % of ``x @ direction``, and
+    has a cosine of at least 0.025 with it. Chanin et al. 2024, arXiv 2409.14507, as in SAEBench
+    0.6."""
     W_dec = sae.W_dec[:prefix]
     counts = torch.zeros(len(directions))
     for label, direction in enumerate(directions):
         along = W_dec @ direction
+        cosine = nn.functional.cosine_similarity(W_dec, direction, dim=1)
         for rows in x[missed[label]].split(2048):
             added, latent = (sae.encode(rows, prefix) * along).max(dim=1)
-            cosine = nn.functional.cosine_similarity(W_dec[latent], direction, dim=1)
-            counts[label] += ((added > 0) & (cosine > 0.025)).sum()
+            projection = rows @ direction
+            carries = (projection > 0) & (added >= 0.4 * projection)
+            counts[label] += (carries & (cosine[latent] >= 0.025)).sum()
     return counts
 
 

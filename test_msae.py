@@ -1240,12 +1240,13 @@ def test_matryoshka_recovers_every_toy_feature_and_their_tree_and_vanilla_absorb
     y = features[:, [0, 4, 8]] > 0
     ours, vanilla = (msae.probe(sae, x, y) for sae in saes)
     assert ours["raw"]["accuracy"] == vanilla["raw"]["accuracy"] == 1.0
-    ours_silent, vanilla_silent = (
-        figures["prefixes"][-1]["main_silent"] for figures in (ours, vanilla)
-    )
-    assert ours_silent < 0.01
-    assert vanilla_silent > 0.1
-    assert ours["prefixes"][-1]["splitting"] == 1
+    ours, vanilla = (figures["prefixes"][-1] for figures in (ours, vanilla))
+    assert ours["n_verdicts"] == vanilla["n_verdicts"] == 3
+    assert ours["main_silent"] < 0.01
+    assert vanilla["main_silent"] > 0.1
+    assert ours["absorption"] < 0.01
+    assert vanilla["absorption"] > 0.1
+    assert ours["splitting"] == 1
     cli.toy_page(tmp_path / "look.html", saes[0], tree)
     data = page_data(tmp_path / "look.html")
     feature = {latent: number for number, (latent, cosine, parent) in enumerate(data["truth"])}
@@ -1281,6 +1282,135 @@ def test_probe_scores_by_hand():
     scores, by_label = msae.probe_scores(seen, y)
     assert scores == pytest.approx({"accuracy": 3 / 5, "f1": 2 / 3})
     assert by_label == pytest.approx([2 / 3])
+
+
+def is_absorbed(sae, x, latents, direction):
+    """Whether one row's label is carried by another latent than its own, word by word."""
+    acts = sae.encode(x)
+    if any(acts[latent] > 0 for latent in latents):
+        return False
+    projection = float(x @ direction)
+    added = [float(act * (row @ direction)) for act, row in zip(acts, sae.W_dec)]
+    best = max(range(len(added)), key=lambda latent: added[latent])
+    row = sae.W_dec[best]
+    cosine = float(row @ direction / (row.norm() * direction.norm()))
+    return projection > 0 and cosine >= 0.025 and added[best] >= 0.4 * projection
+
+
+def naive_probe(sae, x, y, max_k=3):
+    """One label: (k-sparse F1, share of the main latent, its latents, main silent, absorbed)."""
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    train, test = order.tensor_split(2)
+    acts = sae.encode(x)
+    correlations = []
+    for latent in range(acts.shape[1]):
+        both = np.stack([acts[train, latent].double().numpy(), y[train].double().numpy()])
+        correlations.append(np.corrcoef(both)[0, 1])
+    ranked = sorted(range(len(correlations)), key=lambda latent: -correlations[latent])
+    f1 = []
+    for k in range(1, max_k + 1):
+        w, b = msae.logistic_regression(acts[train][:, ranked[:k]], y[train, None])
+        said = (acts[test][:, ranked[:k]] @ w[0] + b[0] > 0).tolist()
+        true = y[test].tolist()
+        n_both = sum(a and b for a, b in zip(said, true))
+        f1.append(2 * n_both / (sum(said) + sum(true)))
+    n_splits = 1
+    while n_splits < max_k and f1[n_splits] > f1[n_splits - 1] + 0.03:
+        n_splits += 1
+    w, b = msae.logistic_regression(x[train], y[train, None])
+    positives = [row for row in test.tolist() if y[row] and x[row] @ w[0] + b[0] > 0]
+    silent = [row for row in positives if acts[row, ranked[0]] == 0]
+    absorbed = [row for row in positives if is_absorbed(sae, x[row], ranked[:n_splits], w[0])]
+    share = float((acts[test, ranked[0]] > 0).double().mean())
+    rates = (len(silent) / len(positives), len(absorbed) / len(positives))
+    return f1, share, n_splits, *rates
+
+
+@torch.no_grad()
+def test_probe_is_the_mean_of_its_words_over_the_labels_that_have_latents():
+    # label 0: a latent that is silent with each of 16 children, whose own carry both
+    # label 1: two latents, for rows with feature 4 and for those without
+    # label 2: none; label 3: so weak that the raw rows hardly tell it
+    g = torch.Generator().manual_seed(0)
+    on = torch.rand(3000, 5, generator=g) < torch.tensor([0.3, 0.3, 0.2, 0.2, 0.5])
+    y = on[:, :4]
+    children = y[:, :1] & (torch.randint(40, (3000, 1), generator=g) == torch.arange(16))
+    strength = torch.tensor([1, 1, 1, 0.03, 1] + [1] * 16)
+    directions = torch.nn.functional.normalize(torch.randn(21, 32, generator=g), dim=1)
+    noise = torch.randn(3000, 32, generator=g)
+    x = torch.cat([on, children], dim=1) * strength @ directions + 0.01 * noise + 0.1
+    sae = msae.MatryoshkaSAE(32, 19, (3, 19))
+    rows = torch.cat([directions[[0, 1, 1]], directions[0] + directions[5:]])
+    sae.W_dec.copy_(torch.nn.functional.normalize(rows, dim=1))
+    dual = torch.linalg.pinv(directions)  # (D, 21): reads each feature alone
+    zero, one, four = dual[:, [0, 1, 4]].T
+    mains = torch.stack([zero - 2 * dual[:, 5:].sum(dim=1), one - 2 * four, one + four], dim=1)
+    sae.W_enc.copy_(torch.cat([mains, dual[:, 5:]], dim=1))
+    sae.b_enc.copy_(-0.1 * sae.W_enc.sum(dim=0))
+    sae.b_enc[2] -= 1
+    sae.threshold.fill_(0.5)
+    probed = msae.probe(sae, x, y, max_k=3)
+    found = probed["prefixes"]
+    assert [level["n_verdicts"] for level in found] == [2, 2]
+    assert probed["label_share"] == pytest.approx(y.double().mean().item())
+    naive = [naive_probe(sae, x, label) for label in y.T]
+    level = found[1]
+    for k in range(3):
+        expected = np.mean([f1[k] for f1, *_ in naive])
+        assert level["probes"][k]["f1"] == pytest.approx(expected, abs=1e-6)
+    assert level["main_share"] == pytest.approx(np.mean([share for _, share, *_ in naive]))
+    with_latents = np.array([rates for _, _, *rates in naive[:2]])
+    named = [level[name] for name in ("splitting", "main_silent", "absorption")]
+    assert named == pytest.approx(with_latents.mean(axis=0), abs=1e-6)
+    assert level["absorption_by_label"] == pytest.approx([*with_latents[:, 2], None, None])
+    assert with_latents == pytest.approx(np.array([[1, 0.4, 0.4], [2, 0.5, 0]]), abs=0.05)
+    assert found[0]["absorption"] == 0  # without the children's latents none carries the label
+
+
+@torch.no_grad()
+def test_a_labels_main_latent_is_the_one_that_correlates_most_and_not_a_large_one():
+    # latent 1 is ten times as large, always on, and a little larger with the label
+    g = torch.Generator().manual_seed(0)
+    y = torch.rand(4000, 1, generator=g) < 0.2
+    loud = 30 + 10 * torch.randn(4000, 1, generator=g) + 3 * y
+    x = torch.cat([y.float(), loud], dim=1)
+    sae = msae.MatryoshkaSAE(2, 2)
+    sae.W_enc.copy_(torch.eye(2))
+    sae.W_dec.copy_(torch.eye(2))
+    level = msae.probe(sae, x, y)["prefixes"][0]
+    assert level["probes"][0]["f1"] == 1
+    assert level["main_share"] == pytest.approx(0.2, abs=0.02)
+    acts = sae.encode(x).double()
+    expected = np.corrcoef(torch.cat([y, acts], dim=1).numpy().T)[:1, 1:]
+    assert msae.label_correlations(sae, x, y).numpy() == pytest.approx(expected)
+    sae.W_enc[:, 1] = 0  # a dead latent
+    assert msae.label_correlations(sae, x, y)[0, 1] == 0
+
+
+def test_labels_without_latents_get_no_verdict():
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(2000, 8, generator=g)
+    y = x[:, :2] > 1  # the raw rows tell them, no latent does
+    sae = msae.MatryoshkaSAE(8, 4, generator=g)
+    sae.W_enc.data[:2] = 0
+    found = msae.probe(sae, x, y)
+    level = found["prefixes"][-1]
+    assert found["raw"]["f1"] > 0.9
+    assert level["n_verdicts"] == 0
+    assert level["absorption_by_label"] == [None, None]
+    assert {level[name] for name in ("splitting", "main_silent", "absorption")} == {None}
+
+
+def test_another_latent_absorbs_a_label_if_it_carries_two_fifths_of_it():
+    # of a row (1, 0) a latent whose decoder row is (c, s) adds c * c along the label, if it is on
+    sae = msae.MatryoshkaSAE(2, 1)
+    label = torch.tensor([[1.0, 0]])
+    for share, is_carried in ((0.39, 0), (0.41, 1)):
+        row = torch.tensor([share**0.5, (1 - share) ** 0.5])
+        sae.W_dec.data[0] = row
+        sae.W_enc.data[:, 0] = row
+        n = msae.n_absorbed(sae, label, torch.tensor([[True]]), 1, label)
+        assert n.tolist() == [is_carried]
 
 
 def test_probe_tells_absorption_from_splitting_and_from_a_missing_latent():
@@ -2299,6 +2429,24 @@ def test_the_labels_of_some_of_many_rows_stay_beside_them(here, names):
     assert found["labels"] == names
     assert 19_000 < found["rows"] <= 20_000
     assert found["raw"]["f1"] > 0.98
+
+
+def test_eval_gives_no_verdict_on_labels_without_latents(here):
+    data = np.random.default_rng(0).normal(size=(3000, 3)).astype(np.float32)
+    np.save("acts.npy", data)
+    np.save("labels.npy", data > 1)
+    sae = msae.MatryoshkaSAE(3, 1)
+    sae.W_enc.data[:, 0] = torch.tensor([1.0, 0, 0])  # reads label 0 alone
+    sae.save("one")
+    sae.W_enc.data[:] = 0
+    sae.save("blind")
+    output = run(*"eval one blind --acts acts.npy --labels labels.npy".split())
+    verdict = "of 3 labels have latents: no verdict on absorption of the others"
+    assert f"one: 1 {verdict}\nblind: 0 {verdict}\n" in output
+    assert f"(the label: {(data > 1).mean():.1%})" in output
+    assert re.search(r"blind +1 +0.000 +0.0% +0 +- +- +-", output)
+    level = json.loads(Path("blind/eval-acts.json").read_text())["labels"]["prefixes"][0]
+    assert level["absorption"] is None
 
 
 def test_every_help_shows_an_example_and_bench_the_step_beside_the_product():
