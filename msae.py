@@ -1276,11 +1276,11 @@ class Rows(Source):
         """Set centre and radius of the rows that count, from a sample; warn of those beyond."""
         sample = self.sample(seed=0)
         counts = collections.Counter(row.tobytes() for row in sample.numpy())
-        share = max(counts.values()) / len(sample)
-        if len(counts) > 1 and share > 0.01:
+        n_same = max(counts.values())
+        if len(counts) > 1 and n_same > max(10, 0.01 * len(sample)):  # more than chance has
             warnings.warn(
-                f"{share:.2%} of {len(sample):,} sampled rows are the same, as padding is: a mask "
-                "leaves them out",
+                f"{n_same / len(sample):.2%} of {len(sample):,} sampled rows are the same, as "
+                "padding is: a mask leaves them out",
                 stacklevel=3,
             )
         centre = sample.median(dim=0).values
