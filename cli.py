@@ -1100,7 +1100,8 @@ def look(
     sae = msae.MatryoshkaSAE.load(checkpoint).to(device)
     if acts is None:
         acts = rows_of_training(checkpoint, sae)
-        mask = mask or sae.metadata.get("mask")
+        if mask is None:
+            mask = sae.metadata.get("mask")
     rows = msae.Rows(acts, max_norm, mask)
     check_width(checkpoint, sae, acts, rows)
     documents, ids = token_ids(ids_path, acts, rows.n_source)

@@ -768,7 +768,9 @@ class Trainer:
         self.limit = (0.0, math.inf)  # centre and radius of the rows that are trained on
         self.device = torch.empty(0, device=device).device  # of cuda, cuda:0
         self.scale = torch.as_tensor(scale).float().expand(d_model).to(self.device)
-        self.dtype = cfg.dtype or default_dtype(self.device, loss)
+        self.dtype = cfg.dtype
+        if self.dtype is None:
+            self.dtype = default_dtype(self.device, loss)
 
         generator = torch.Generator().manual_seed(cfg.seed)
         sae = MatryoshkaSAE(d_model, cfg.latents_at(0), None, generator)
@@ -1132,7 +1134,8 @@ def read_mask(source: Any, n_rows: int) -> np.ndarray:
     found = f"{mask.dtype} {mask.shape}"
     require(mask.dtype.kind in "biu", "mask must hold booleans, or 0 and 1", found)
     require(mask.size == n_rows, f"mask must hold {n_rows} values, one a row", found)
-    require(mask.max() <= 1 and mask.min() >= 0, "mask must hold booleans, or 0 and 1", mask.max())
+    values = np.unique(mask)
+    require(set(values.tolist()) <= {0, 1}, "mask must hold booleans, or 0 and 1", values[:9])
     require(mask.any(), "mask must take a row", "none")
     return mask.reshape(-1).astype(bool)
 

@@ -2110,7 +2110,7 @@ def test_figures_of_masked_rows_are_those_of_the_rows_alone():
     [
         (np.ones(5999, bool), r"6000 values, one a row, got bool \(5999,\)"),
         (np.ones(6000), "booleans, or 0 and 1, got float64"),
-        (np.full(6000, 7), "booleans, or 0 and 1, got 7"),
+        (np.full(6000, 7), "booleans, or 0 and 1, got .7"),
         (np.zeros((300, 20), bool), "take a row, got none"),
     ],
 )
