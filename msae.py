@@ -1134,8 +1134,8 @@ def read_mask(source: Any, n_rows: int) -> np.ndarray:
     found = f"{mask.dtype} {mask.shape}"
     require(mask.dtype.kind in "biu", "mask must hold booleans, or 0 and 1", found)
     require(mask.size == n_rows, f"mask must hold {n_rows} values, one a row", found)
-    values = np.unique(mask)
-    require(set(values.tolist()) <= {0, 1}, "mask must hold booleans, or 0 and 1", values[:9])
+    is_flag = np.isin(mask, (0, 1))  # np.unique would sort all rows
+    require(is_flag.all(), "mask must hold booleans, or 0 and 1", mask[~is_flag][:1])
     require(mask.any(), "mask must take a row", "none")
     return mask.reshape(-1).astype(bool)
 
@@ -1906,7 +1906,7 @@ def label_correlations(sae: MatryoshkaSAE, x: Tensor, y: Tensor) -> Tensor:
     for a latent that never changes."""
     y = y.double()
     y = (y - y.mean(dim=0)) / y.std(dim=0, correction=0)
-    product, total, squares = 0, 0, 0
+    product = total = squares = 0
     for rows, label in zip(x.split(2048), y.split(2048), strict=True):
         acts = sae.encode(rows).double()
         product += label.T @ acts
@@ -2510,8 +2510,7 @@ def harvest(
         if len(text_numbers) == 0:
             continue
         found = activations(model, module, batch, mask, at)
-        is_first = text_numbers.diff(prepend=text_numbers[:1] - 1) != 0
-        rows = in_dtype(found, dtype, is_first).cpu().numpy()
+        rows = in_dtype(found, dtype, text_numbers).cpu().numpy()
         n_new = len(rows) if max_rows is None else min(len(rows), max_rows - n_done)
         ids = as_dict(batch).get("input_ids")
         if ids is not None:
@@ -2526,12 +2525,13 @@ def harvest(
     return n_done
 
 
-def in_dtype(rows: Tensor, dtype: str, is_first: Tensor) -> Tensor:
+def in_dtype(rows: Tensor, dtype: str, text_numbers: Tensor) -> Tensor:
     """``rows`` (n, D) in ``dtype``; ``ValueError`` says how many do not fit, and how many of these
-    are the first of their text."""
+    are the first of their text, whose number is in ``text_numbers`` (n,)."""
     converted = rows.to(getattr(torch, dtype))
     is_bad = ~converted.isfinite().all(dim=1).cpu()
     if is_bad.any():
+        is_first = text_numbers.diff(prepend=text_numbers[:1] - 1) != 0
         n_first = int(is_bad[is_first.cpu()].sum())
         found = f"{is_bad.sum()} of {len(rows)} rows of a batch do not fit in {dtype}"
         way_on = "" if dtype == "float32" else "; float32 has more range, in twice the disk"
